@@ -1,0 +1,1 @@
+"""Floor 3: encode, prepare, denoise, decode: functions over protocols."""

@@ -1,0 +1,1 @@
+"""Floor 0: the types that flow, errors, configuration, registry, random numbers, logging."""

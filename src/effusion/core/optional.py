@@ -1,0 +1,43 @@
+"""Optional packages: imported where they are used, and a clear error where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from .errors import MissingExtra
+
+# package -> extra in pyproject.toml that installs it
+EXTRAS = {
+    "transformers": "transformers",
+    "accelerate": "training",
+    "peft": "training",
+    "gguf": "gguf",
+    "scipy": "scipy",
+    "torchsde": "sde",
+    "matplotlib": "plot",
+    "xformers": "xformers",
+    "flash_attn": "flash",
+    "sageattention": "sage",
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "imageio": "video",
+}
+
+
+def is_available(package: str) -> bool:
+    """Whether ``package`` can be imported; does not import it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str, what: str) -> ModuleType:
+    """Import ``package``, which ``what`` needs; :class:`MissingExtra` names the extra otherwise."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
+            raise
+        extra = EXTRAS.get(package.split(".")[0])
+        hint = f"pip install 'effusion[{extra}]'" if extra else f"pip install {package}"
+        raise MissingExtra(f"{what} needs the package `{package}`, which is not installed: {hint}") from error

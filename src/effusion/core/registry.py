@@ -1,0 +1,54 @@
+"""Which public name lives where: the one table behind ``import effusion`` and ``model_index.json``.
+
+Nothing is imported here. A public class is found by its name when it is first used, and a name in
+a checkpoint is looked up in these tables only: a file can't make us import anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import CheckpointError
+from .optional import require
+
+# module -> the public names in it
+MODULES: dict[str, tuple[str, ...]] = {
+    "effusion.core.config": ("ConfigMixin",),
+    "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
+}
+
+SUBMODULES = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters", "blocks")
+SUBMODULES += ("families", "pipelines", "training", "cli", "demo", "utils", "image_processor")
+
+
+def public_names() -> dict[str, str]:
+    """Public name -> module that defines it."""
+    return {name: module for module, names in MODULES.items() for name in names}
+
+
+def names_under(package: str) -> dict[str, str]:
+    """The public names that live in ``package`` or below."""
+    return {n: m for n, m in public_names().items() if m == package or m.startswith(package + ".")}
+
+
+def find_class(library: str, name: str) -> Any:
+    """The class that ``[library, name]`` of a ``model_index.json`` means.
+
+    ``diffusers`` (and ``effusion``, and the names of the pipeline modules that old files use) mean
+    our classes, ``transformers`` the ones of that package.
+
+    Raises:
+        CheckpointError: an unknown library or class.
+        MissingExtra: ``transformers`` is needed and not installed.
+    """
+    if library == "transformers":
+        module = require("transformers", f"the component class {name}")
+        found = getattr(module, name, None) if name.isidentifier() and not name.startswith("_") else None
+        if not isinstance(found, type):
+            raise CheckpointError(f"transformers {module.__version__} has no class {name!r}; a newer one may")
+        return found
+    names = public_names()
+    if name in names:
+        return getattr(importlib.import_module(names[name]), name)
+    raise CheckpointError(f"{library}.{name}: Effusion has no class of this name; see `effusion env` for its version")

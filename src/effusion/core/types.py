@@ -1,0 +1,109 @@
+"""The types that flow between networks, blocks, families and pipelines.
+
+Shapes: ``B`` batch, ``L`` tokens, ``D`` width, ``C`` channels, ``F`` frames, ``H``/``W`` latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """The text or image conditioning of one guidance branch, batched."""
+
+    tokens: Tensor | None = None  # (B, L, D)
+    pooled: Tensor | None = None  # (B, D)
+    mask: Tensor | None = None  # (B, L)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # each (B, …)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, ``extras`` under their own."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extras"}
+        return {k: v for k, v in {**own, **self.extras}.items() if v is not None}
+
+    def map(self, function: Any) -> Cond:
+        """A copy with ``function`` applied to every tensor."""
+        own = {k: None if (v := getattr(self, k)) is None else function(v) for k in ("tokens", "pooled", "mask")}
+        return Cond(**own, extras={k: function(v) for k, v in self.extras.items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> Cond:
+        return self.map(lambda t: t.to(*args, **kwargs))
+
+    def repeat(self, n: int) -> Cond:
+        """Each item ``n`` times in a row: ``(B, …) -> (B * n, …)``."""
+        return self.map(lambda t: t.repeat_interleave(n, dim=0)) if n != 1 else self
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """Several branches as one batch, in order."""
+        if len(conds) == 1:
+            return conds[0]
+        names = ("tokens", "pooled", "mask")
+        own = {k: None if getattr(conds[0], k) is None else torch.cat([getattr(c, k) for c in conds]) for k in names}
+        return Cond(**own, extras={k: torch.cat([c.extras[k] for c in conds]) for k in conds[0].extras})
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """How pixels and latents of a family relate: a value, not code."""
+
+    channels: int
+    downscale: int = 8
+    temporal_downscale: int = 1
+    scale: float = 1.0
+    shift: float = 0.0
+    mean: tuple[float, ...] | None = None  # per channel, instead of `shift`
+    std: tuple[float, ...] | None = None  # per channel, with `mean`
+    packing: int = 1  # side of the square of latents that makes one token
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """What the VAE gave -> what the denoiser sees; ``(B, C, …)`` both."""
+        if self.mean is not None and self.std is not None:
+            mean, std = self._per_channel(z)
+            return (z - mean) * self.scale / std
+        return (z - self.shift) * self.scale if self.shift else z * self.scale
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """What the denoiser made -> what the VAE decodes; ``(B, C, …)`` both."""
+        if self.mean is not None and self.std is not None:
+            mean, std = self._per_channel(z)
+            return z * std / self.scale + mean
+        return z / self.scale + self.shift if self.shift else z / self.scale
+
+    def _per_channel(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, *([1] * (z.ndim - 2)))
+        return torch.tensor(self.mean).view(shape).to(z), torch.tensor(self.std).view(shape).to(z)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of one run: ``sigmas`` has one more entry than ``timesteps`` (the end)."""
+
+    sigmas: Tensor  # (S + 1,)
+    timesteps: Tensor  # (S,)
+    prediction_type: str = "epsilon"
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Everything that a denoising network may be given; a family's ``call`` takes what it has ports for."""
+
+    x: Tensor  # (B, C, H, W), (B, C, F, H, W) or packed (B, L, C)
+    t: Tensor  # () or (B,)
+    cond: Cond
+    channels: Tensor | None = None  # concatenated to x's channels by the family: inpaint, Fill, depth
+    tokens: Tensor | None = None  # concatenated to x's tokens: Kontext, edit, reference
+    residuals: Mapping[str, Any] = field(default_factory=dict)  # ControlNet, T2I-Adapter
+    image_tokens: Any = None  # IP-Adapter
+    guidance: Tensor | None = None  # (B,) distilled guidance
+    attention: Mapping[str, Any] | None = None  # `cross_attention_kwargs` / `joint_attention_kwargs`
+
+    def replace(self, **changes: Any) -> ModelInput:
+        return replace(self, **changes)

@@ -1,0 +1,1 @@
+"""Floor 6: the demo model, its data, training and score."""

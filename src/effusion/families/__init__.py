@@ -1,0 +1,1 @@
+"""Floor 4: one record per family, binding networks to blocks."""

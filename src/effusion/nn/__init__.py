@@ -1,0 +1,1 @@
+"""Floor 1: attention and its backends, norms, embeddings, residual and transformer blocks."""

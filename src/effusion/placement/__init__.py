@@ -1,0 +1,1 @@
+"""Floor 2: the memory engine: plan, forecast, engine, policies, report."""

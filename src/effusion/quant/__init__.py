@@ -1,0 +1,1 @@
+"""Floor 1: codecs, packed plain tensors <-> weight."""

@@ -1,0 +1,5 @@
+"""Floor 1: noise schedules, solvers and the public scheduler classes."""
+
+from ..core import lazy, registry
+
+__getattr__, __dir__, __all__ = lazy.attach(__name__, registry.names_under(__name__))

@@ -1,0 +1,1 @@
+"""Floor 1: safetensors, torch files, gguf; hub and folders; key maps; saving."""
