@@ -16,6 +16,7 @@ from .optional import require
 MODULES: dict[str, tuple[str, ...]] = {
     "effusion.core.config": ("ConfigMixin",),
     "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
+    "effusion.nn.dispatch": ("attention_backend",),
 }
 
 SUBMODULES = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters", "blocks")

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from ..core.config import ConfigMixin
+from ..nn.checkpointing import GradientCheckpointingMixin
+from ..nn.dispatch import AttentionBackendMixin
 
 
-class ModelMixin(nn.Module, ConfigMixin):
+class ModelMixin(AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
     """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved."""
 
     config_name = "config.json"
-    _supports_gradient_checkpointing = False
 
     @property
     def dtype(self) -> torch.dtype:
