@@ -17,9 +17,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.core.config": ("ConfigMixin",),
     "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
     "effusion.nn.dispatch": ("attention_backend",),
+    # image processing
+    "effusion.blocks.images": ("VaeImageProcessor",),
 }
 
-SUBMODULES = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters", "blocks")
+SUBMODULES: tuple[str, ...] = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters", "blocks")
 SUBMODULES += ("families", "pipelines", "training", "cli", "demo", "utils", "image_processor")
 
 

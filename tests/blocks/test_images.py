@@ -1,0 +1,217 @@
+"""Image processing gives the peer's numbers for every input kind and resize mode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from effusion.blocks import images as ours
+from effusion.blocks import pictures
+
+peer = pytest.importorskip("diffusers.image_processor")
+peer_utils = pytest.importorskip("diffusers.utils")
+
+
+def picture(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    rgb = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return rgb.convert(mode)
+
+
+def inputs(kind: str) -> object:
+    rng = np.random.default_rng(1)
+    array = rng.random((2, 40, 52, 3), dtype=np.float32)
+    return {
+        "pil": picture(41, 53),
+        "pil gray": picture(41, 53, "L"),
+        "pil alpha": picture(41, 53, "RGBA"),
+        "pils": [picture(41, 53, seed=i) for i in range(2)],
+        "numpy": array[0],
+        "numpy batch": array,
+        "numpys": list(array),
+        "numpy batches": [array, array[:1]],
+        "torch": torch.from_numpy(array[0]).permute(2, 0, 1),
+        "torch batch": torch.from_numpy(array).permute(0, 3, 1, 2),
+        "torch list": list(torch.from_numpy(array).permute(0, 3, 1, 2)),
+        "torch signed": torch.from_numpy(array).permute(0, 3, 1, 2) * 2 - 1,
+        "latent": torch.from_numpy(rng.random((2, 4, 8, 8), dtype=np.float32)),
+    }[kind]
+
+
+KINDS = (
+    "pil",
+    "pil gray",
+    "pil alpha",
+    "pils",
+    "numpy",
+    "numpy batch",
+    "numpys",
+    "numpy batches",
+    "torch",
+    "torch batch",
+    "torch list",
+    "torch signed",
+    "latent",
+)
+CONFIGS = (
+    {},
+    {"do_normalize": False, "do_binarize": True},
+    {"do_resize": False},
+    {"vae_scale_factor": 16, "resample": "bicubic"},
+    {"resample": "nearest", "reducing_gap": 2},
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(None, None), (24, 36)])
+def test_preprocess_equals_the_peer(kind: str, config: dict, size: tuple) -> None:
+    got = ours.VaeImageProcessor(**config).preprocess(inputs(kind), *size)
+    want = peer.VaeImageProcessor(**config).preprocess(inputs(kind), *size)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+
+
+MASKS = {
+    "pil": picture(41, 53, "L"),
+    "rgb": picture(41, 53),
+    "numpy": np.random.default_rng(2).random((40, 48), dtype=np.float32)[None],
+    "numpy channel": np.random.default_rng(2).random((40, 48, 1), dtype=np.float32),
+    "torch": torch.rand(1, 40, 48, generator=torch.Generator().manual_seed(0)),
+    "torch batch": torch.rand(2, 1, 40, 48, generator=torch.Generator().manual_seed(0)),
+    "pils": [picture(41, 53, "L", seed=i) for i in range(2)],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_equal_the_peer(kind: str) -> None:
+    config = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+    mask = MASKS[kind]
+    kept = mask.clone() if isinstance(mask, torch.Tensor) else mask
+    want = peer.VaeImageProcessor(**config).preprocess(
+        mask.clone() if isinstance(mask, torch.Tensor) else mask, height=32, width=40
+    )
+    assert torch.equal(ours.VaeImageProcessor(**config).preprocess(mask, height=32, width=40), want)
+    if isinstance(mask, torch.Tensor):
+        assert torch.equal(mask, kept), "the caller's tensor was changed"
+
+
+@pytest.mark.parametrize("mode", ours.RESIZE_MODES)
+@pytest.mark.parametrize("source", [(41, 53), (90, 20), (20, 90), (32, 32)])
+@pytest.mark.parametrize("target", [(32, 48), (48, 32), (64, 64)])
+def test_resize_modes_equal_the_peer(mode: str, source: tuple, target: tuple) -> None:
+    image = picture(*source)
+    got = ours.VaeImageProcessor().resize(image, *target, resize_mode=mode)
+    want = peer.VaeImageProcessor().resize(image, *target, resize_mode=mode)
+    assert np.array_equal(np.array(got), np.array(want))
+
+
+@given(
+    box=st.tuples(st.integers(0, 38), st.integers(0, 28), st.integers(1, 39), st.integers(1, 29)),
+    size=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    pad=st.integers(0, 40),
+)
+@settings(max_examples=150, deadline=None)
+def test_crop_region_equals_the_peer(box: tuple, size: tuple, pad: int) -> None:
+    mask = Image.new("L", (40, 30))
+    left, top, right, bottom = box
+    mask.paste(255, (left, top, max(right, left + 1), max(bottom, top + 1)))
+    assert ours.VaeImageProcessor.get_crop_region(mask, *size, pad=pad) == peer.VaeImageProcessor.get_crop_region(
+        mask, *size, pad=pad
+    )
+
+
+def test_a_black_mask_has_no_crop_region() -> None:
+    with pytest.raises(ValueError, match="black everywhere"):
+        ours.VaeImageProcessor.get_crop_region(Image.new("L", (8, 8)), 8, 8)
+
+
+@pytest.mark.parametrize("box", [None, (5, 4, 30, 28)])
+def test_overlay_equals_the_peer(box: tuple | None) -> None:
+    image, below, mask = picture(24, 25), picture(41, 53, seed=3), picture(41, 53, "L", seed=4)
+    if box is None:
+        image = picture(41, 53, seed=5)
+    got = ours.VaeImageProcessor().apply_overlay(mask, below, image, box)
+    want = peer.VaeImageProcessor().apply_overlay(mask, below, image, box)
+    assert np.array_equal(np.array(got), np.array(want))
+
+
+@pytest.mark.parametrize("which", [None, [True, False]])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_postprocess_equals_the_peer(which: list | None, normalized: bool, channels: int) -> None:
+    decoded = torch.rand(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    got, want = (m.VaeImageProcessor(do_normalize=normalized) for m in (ours, peer))
+    for kind in ("pt", "np", "latent", "pil"):
+        a, b = (p.postprocess(decoded, kind, do_denormalize=which) for p in (got, want))
+        for x, y in zip(a, b, strict=True):
+            assert np.array_equal(np.asarray(x), np.asarray(y))
+            assert kind != "pil" or x.mode == y.mode
+
+
+def test_small_helpers_equal_the_peer() -> None:
+    tensor = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    tiles = [picture(8, 8, seed=i) for i in range(6)]
+    mask = picture(20, 20, "L")
+    same = lambda a, b: np.array_equal(np.array(a), np.array(b))  # noqa: E731
+    assert all(map(same, pictures.pt_to_pil(tensor), peer_utils.pt_to_pil(tensor)))
+    assert same(pictures.make_image_grid(tiles, 2, 3), peer_utils.make_image_grid(tiles, 2, 3))
+    assert same(pictures.make_image_grid(tiles, 3, 2, 16), peer_utils.make_image_grid(tiles, 3, 2, 16))
+    assert same(ours.VaeImageProcessor.blur(mask, 3), peer.VaeImageProcessor.blur(mask, 3))
+
+
+def test_load_image_turns_upright_and_converts(tmp_path) -> None:
+    source = picture(10, 20, "RGBA").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    source.save(tmp_path / "turned.png", exif=exif)
+    got = pictures.load_image(tmp_path / "turned.png")
+    assert got.size == (10, 20)
+    assert np.array_equal(np.array(got), np.array(peer_utils.load_image(str(tmp_path / "turned.png"))))
+    assert pictures.load_image(source, convert_method=lambda i: i.convert("L")).mode == "L"
+
+
+@pytest.mark.parametrize("bad", ["/no/such/file.png", 7, None])
+def test_load_image_refuses_what_is_no_image(bad: object) -> None:
+    with pytest.raises(ValueError, match="PIL image|neither a file"):
+        pictures.load_image(bad)
+
+
+def test_load_image_names_a_file_that_is_no_picture(tmp_path) -> None:
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a\.png is not a picture"):
+        pictures.load_image(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("bad", [[], [1], "text", None, [picture(8, 8), picture(16, 8)], np.zeros((1, 2, 3, 4, 5))])
+def test_preprocess_refuses_what_is_no_picture(bad: object) -> None:
+    with pytest.raises(ValueError, match="expected a PIL image|must have one size"):
+        ours.VaeImageProcessor(do_resize=False).preprocess(bad)
+
+
+@pytest.mark.parametrize("bad", [{"resample": "best"}, {"do_convert_rgb": True, "do_convert_grayscale": True}])
+def test_bad_configurations_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="allowed are|exclude each other"):
+        ours.VaeImageProcessor(**bad)
+
+
+def test_unknown_modes_are_refused() -> None:
+    processor = ours.VaeImageProcessor()
+    with pytest.raises(ValueError, match="allowed are default, fill, crop"):
+        processor.resize(picture(8, 8), 8, 8, resize_mode="stretch")
+    with pytest.raises(ValueError, match="for PIL images"):
+        processor.resize(torch.zeros(1, 3, 8, 8), 8, 8, resize_mode="fill")
+    with pytest.raises(ValueError, match="allowed are latent, pt, np, pil"):
+        processor.postprocess(torch.zeros(1, 3, 8, 8), "jpg")
+
+
+def test_the_configuration_round_trips(tmp_path) -> None:
+    ours.VaeImageProcessor(vae_scale_factor=16).save_config(tmp_path)
+    assert (
+        ours.VaeImageProcessor.from_config(ours.VaeImageProcessor.load_config(tmp_path)).config.vae_scale_factor == 16
+    )
