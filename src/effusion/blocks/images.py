@@ -346,8 +346,8 @@ class VaeImageProcessor(ConfigMixin):
         if do_denormalize is None:
             do_denormalize = [bool(self.config.do_normalize)] * len(images)
         if all(do_denormalize):
-            pixels: torch.Tensor = self.denormalize(images)
-            return pixels
+            images = self.denormalize(images)
+            return images
         return torch.stack([self.denormalize(i) if do else i for i, do in zip(images, do_denormalize, strict=True)])
 
 
