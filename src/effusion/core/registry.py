@@ -17,12 +17,15 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.core.config": ("ConfigMixin",),
     "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
     "effusion.nn.dispatch": ("attention_backend",),
+    # networks
+    "effusion.models.autoencoder_kl": ("AutoencoderKL",),
     # image processing
     "effusion.blocks.images": ("VaeImageProcessor",),
 }
 
-SUBMODULES: tuple[str, ...] = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters", "blocks")
-SUBMODULES += ("families", "pipelines", "training", "cli", "demo", "utils", "image_processor")
+SUBMODULES: tuple[str, ...] = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters")
+SUBMODULES += ("blocks", "families", "pipelines", "training", "cli", "demo")
+SUBMODULES += ("utils", "image_processor", "configuration_utils")  # the ecosystem's paths
 
 
 def public_names() -> dict[str, str]:

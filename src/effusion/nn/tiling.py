@@ -1,0 +1,45 @@
+"""Large pictures in tiles whose borders are blended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def blend(a: Tensor, b: Tensor, extent: int, dim: int) -> Tensor:
+    """``b`` with its first ``extent`` rows (``dim=-2``) or columns (``-1``) faded in from the last ones of ``a``."""
+    extent = min(a.shape[dim], b.shape[dim], extent)
+    if extent == 0:
+        return b
+    ramp = torch.arange(extent, device=b.device, dtype=torch.float32) / extent
+    ramp = ramp.to(b.dtype).view(-1, *([1] * (-dim - 1)))
+    end, start = a.narrow(dim, a.shape[dim] - extent, extent), b.narrow(dim, 0, extent)
+    faded = end * (1 - ramp) + start * ramp
+    return torch.cat([faded, b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)
+
+
+def tiled(x: Tensor, run: Callable[[Tensor], Tensor], size: int, stride: int, extent: int, limit: int) -> Tensor:
+    """``run`` on overlapping squares of ``x``, blended and put together.
+
+    Args:
+        x: ``(…, H, W)``.
+        size, stride: side of a square and distance of two, in pixels of ``x``.
+        extent, limit: rows that are blended and rows that a tile contributes, in pixels of the result.
+    """
+    height, width = x.shape[-2:]
+    above: list[Tensor] = []
+    rows = []
+    for i in range(0, height, stride):
+        tiles: list[Tensor] = []
+        for j in range(0, width, stride):
+            tile = run(x[..., i : i + size, j : j + size])
+            if above:
+                tile = blend(above[len(tiles)], tile, extent, -2)
+            if tiles:
+                tile = blend(tiles[-1], tile, extent, -1)
+            tiles.append(tile)
+        rows.append(torch.cat([t[..., :limit, :limit] for t in tiles], dim=-1))
+        above = tiles
+    return torch.cat(rows, dim=-2)
