@@ -10,7 +10,6 @@ from .errors import MissingExtra
 
 # package -> extra in pyproject.toml that installs it
 EXTRAS = {
-    "transformers": "transformers",
     "accelerate": "training",
     "peft": "training",
     "gguf": "gguf",
