@@ -33,9 +33,7 @@ def get_timestep_embedding(
 class Timesteps(nn.Module):
     """:func:`get_timestep_embedding` as a module without parameters."""
 
-    def __init__(
-        self, num_channels: int, flip_sin_to_cos: bool, downscale_freq_shift: float, scale: float = 1
-    ) -> None:
+    def __init__(self, num_channels: int, flip_sin_to_cos: bool, downscale_freq_shift: float, scale: float = 1) -> None:
         super().__init__()
         self.num_channels = num_channels
         self.flip_sin_to_cos = flip_sin_to_cos
