@@ -16,6 +16,10 @@ class CheckpointError(EffusionError, OSError, ValueError):
     """A file or folder is not what it should be: which one, where in it, and what was expected."""
 
 
+class MissingFile(CheckpointError):
+    """A file that was looked for is not there."""
+
+
 class UntrustedCode(EffusionError, ValueError):
     """Loading would run foreign code (remote modules, pickles) and nobody consented to that."""
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingFile
 
 # the arguments that say where a file is, as every `from_pretrained` takes them
 LOCATION = (
@@ -58,7 +60,8 @@ def resolve_file(
     """The local path of ``filename`` in a folder or hub repository, downloaded if need be.
 
     Raises:
-        CheckpointError: the file is not there, or can't be reached.
+        MissingFile: the file is not there.
+        CheckpointError: the repository can't be reached or does not let us in.
     """
     inside = confine(f"{subfolder}/{filename}" if subfolder else filename, "the request")
     root = Path(repo)
@@ -68,7 +71,7 @@ def resolve_file(
         path = root / inside
         if path.is_file():
             return path
-        raise CheckpointError(f"{root} has no file {inside}; it holds {_listing(path.parent, root)}")
+        raise MissingFile(f"{root} has no file {inside}; it holds {_listing(path.parent, root)}")
     return _download(
         str(repo),
         str(inside),
@@ -80,6 +83,47 @@ def resolve_file(
     )
 
 
+def try_file(repo: str | os.PathLike[str], filename: str, **where: Any) -> Path | None:
+    """:func:`resolve_file`, or ``None`` if the file is not there."""
+    try:
+        return resolve_file(repo, filename, **where)
+    except MissingFile:
+        return None
+
+
+def sibling_files(
+    path: Path, names: Iterable[str], repo: str | os.PathLike[str] | None = None, **where: Any
+) -> dict[str, Path]:
+    """The files ``names`` that lie beside ``path``, by name; fetched from ``repo`` if ``path`` came from there.
+
+    Raises:
+        CheckpointError: a name that leaves the folder, or a file that is not there.
+    """
+    names = list(names)
+    parts = {name: confine(name, str(path)) for name in names}
+    commit = commit_of(path)
+    if commit and repo is not None and not Path(repo).exists():
+        prefix = f"{where['subfolder']}/" if where.get("subfolder") else ""
+        snapshot(str(repo), [prefix + name for name in names], **{**where, "revision": commit})
+    found = {name: path.parent / part for name, part in parts.items()}
+    for name, file in found.items():
+        if not file.is_file():
+            raise MissingFile(f"{path} lists {name}, which is missing in {path.parent}")
+        check_inside(file, path.parent)
+    return found
+
+
+def check_inside(file: Path, root: Path) -> None:
+    """Refuse a ``file`` that symbolic links lead out of ``root`` (or of the hub cache that ``root`` is in)."""
+    allowed = [root.resolve()]
+    if commit_of(root / "x"):
+        parts = root.absolute().parts
+        allowed.append(Path(*parts[: parts.index("snapshots")]).resolve())
+    real = file.resolve()
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise CheckpointError(f"{file} is a link to {real}, outside of {root}")
+
+
 def _listing(folder: Path, root: Path) -> str:
     folder = folder if folder.is_dir() else root
     names = sorted(p.name for p in folder.iterdir())
@@ -88,36 +132,88 @@ def _listing(folder: Path, root: Path) -> str:
 
 def _download(repo: str, inside: str, **where: Any) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    try:
+    with _hub_errors(repo, inside, where.get("revision")):
         return Path(hf_hub_download(repo, inside, **where))
-    except HFValidationError as error:
+
+
+def snapshot(
+    repo: str,
+    patterns: Iterable[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool | None = False,
+    force_download: bool = False,
+    **ignored: Any,
+) -> Path:
+    """The files of ``repo`` that match ``patterns``, downloaded in parallel; returns their folder in the cache."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo, "", revision):
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=str(cache_dir) if cache_dir else None,
+            token=token,
+            local_files_only=bool(local_files_only),
+            force_download=force_download,
+            allow_patterns=[_literal(p) for p in patterns],
+        )
+    return Path(str(folder))
+
+
+def _literal(name: str) -> str:
+    """``name`` as a pattern that matches it alone."""
+    return name.replace("[", "[[]")
+
+
+def repo_files(
+    repo: str, *, revision: str | None = None, token: str | bool | None = None, **ignored: Any
+) -> tuple[str, list[str]]:
+    """The commit that ``revision`` of ``repo`` is now, and the names of all files in it."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(repo, "", revision):
+        info = HfApi().model_info(repo, revision=revision, token=token)
+    return str(info.sha), [entry.rfilename for entry in info.siblings or []]
+
+
+@contextlib.contextmanager
+def _hub_errors(repo: str, inside: str, revision: str | None) -> Iterator[None]:
+    """Turn what ``huggingface_hub`` raises into errors that say what to do."""
+    from huggingface_hub import errors
+
+    what = f"{repo}/{inside}" if inside else repo
+    try:
+        yield
+    except errors.HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither a folder on this machine nor the name of a repository") from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise CheckpointError(f"{repo} is gated: ask for access on its page, then log in or pass `token=`") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repo!r} is no folder here and no repository on the hub; if it is private, log in or pass `token=`"
         ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo} has no revision {where.get('revision')!r}") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo}/{inside} is not in the cache, and the hub was not asked or did not answer ({error})"
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo} has no revision {revision!r}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise MissingFile(
+            f"{what} is not in the cache, and the hub was not asked or did not answer ({error})"
         ) from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{repo} has no file {inside} at revision {where.get('revision') or 'main'}") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"the hub could not deliver {repo}/{inside}: {error}") from error
+    except errors.EntryNotFoundError as error:
+        raise MissingFile(f"{repo} has no file {inside} at revision {revision or 'main'}") from error
+    except Exception as error:
+        if not isinstance(error, (errors.HfHubHTTPError, OSError, *_transport_errors())):
+            raise
+        raise CheckpointError(f"the hub could not deliver {what}: {error}") from error
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP client behind ``huggingface_hub`` raises beside ``OSError``, if it is loaded."""
+    client = sys.modules.get("httpx")
+    return (client.HTTPError,) if client is not None else ()
 
 
 def commit_of(path: Path) -> str | None:
@@ -135,6 +231,4 @@ def upload_folder(folder: Path, repo_id: str | None = None, **kwargs: Any) -> st
     create_pr = kwargs.pop("create_pr", False)
     message = kwargs.pop("commit_message", None)
     url = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    return str(
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, create_pr=create_pr)
-    )
+    return str(api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, create_pr=create_pr))

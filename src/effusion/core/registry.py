@@ -18,7 +18,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
     "effusion.nn.dispatch": ("attention_backend",),
     # networks
+    "effusion.models.auto_model": ("AutoModel",),
+    "effusion.models.base": ("ModelMixin",),
     "effusion.models.autoencoder_kl": ("AutoencoderKL",),
+    "effusion.models.transformer_flux": ("FluxTransformer2DModel",),
     # image processing
     "effusion.blocks.images": ("VaeImageProcessor",),
 }

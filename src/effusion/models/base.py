@@ -1,26 +1,207 @@
-"""The one face that networks have to loading and placement: ModelMixin."""
+"""The one face that networks have to loading, saving and placement: ModelMixin."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
+from ..core import hub, log, registry
 from ..core.config import ConfigMixin
+from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
 from ..nn.dispatch import AttentionBackendMixin
+from ..weights import saving
+from ..weights.prepare import LoadOptions, Prepared
+
+logger = log.get_logger(__name__)
+Self = TypeVar("Self", bound="ModelMixin")
+WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
 class ModelMixin(AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
-    """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved."""
+    """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved.
+
+    Class attributes that a network may set:
+        _keep_in_fp32_modules: parts of module paths whose weights stay float32 in half precision.
+        _keys_to_ignore_on_load_unexpected: patterns (``fnmatch``) of names in files that mean nothing.
+        _legacy_keys: old parts of weight names -> what they are called now.
+        _repeated_blocks: class names of the blocks that :meth:`compile_repeated_blocks` compiles.
+        _no_split_modules: class names of modules that stay on one device.
+    """
 
     config_name = "config.json"
+    _keep_in_fp32_modules: ClassVar[list[str] | None] = None
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
+    _legacy_keys: ClassVar[Mapping[str, str]] = {}
+    _repeated_blocks: ClassVar[list[str]] = []
+    _no_split_modules: ClassVar[list[str] | None] = None
+    _skip_layerwise_casting_patterns: ClassVar[list[str] | None] = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        """The dtype of the first floating-point parameter that is not kept in float32 on purpose."""
+        keep = set(self._keep_in_fp32_modules or ())
+        floats = [(n, p.dtype) for n, p in self.named_parameters() if p.is_floating_point()]
+        free = (d for n, d in floats if not keep & set(n.split(".")))
+        return next(free, floats[0][1] if floats else torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def __getattr__(self, name: str) -> Any:
+        """Modules and parameters, then the configuration: ``model.sample_size`` is ``model.config.sample_size``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            config = self.__dict__.get("_internal_dict", {})
+            if name in config and not name.startswith("_"):
+                return config[name]
+            raise
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any
+    ) -> Any:
+        """Load a network saved with :meth:`save_pretrained`, from a folder or a hub repository.
+
+        Its parameters are the mapped file until something writes to them (then a private copy of the
+        page), so loading takes milliseconds and memory is used as weights are read.
+
+        Args:
+            subfolder, revision, cache_dir, token, local_files_only, force_download: where it is.
+            variant: ``"fp16"`` loads ``diffusion_pytorch_model.fp16.safetensors``.
+            torch_dtype, dtype: what the floating-point weights become; float32 if not given, ``"auto"``: as stored.
+            use_safetensors: ``True`` safetensors only, ``False`` torch files only, ``None`` safetensors first.
+            low_cpu_mem_usage: accepted; memory is never more than the weights and one tensor.
+            device_map: a device, or ``{"": device}``.
+            ignore_mismatched_sizes: initialise weights anew whose shape differs from the file's.
+            output_loading_info: return ``(model, info)``.
+            disable_mmap: read the files instead of mapping them.
+            kwargs: anything else replaces an entry of the configuration.
+
+        Raises:
+            CheckpointError: a file is missing, broken, or does not fit; every key is listed.
+        """
+        options = LoadOptions.take(kwargs)
+        prepared = cls._prepare(pretrained_model_name_or_path, options, **kwargs)
+        model = prepared.build()
+        return (model, prepared.match.as_info()) if options.output_loading_info else model
+
+    @classmethod
+    def _prepare(cls: type[Self], path: Any, options: LoadOptions, **config_changes: Any) -> Prepared[Self]:
+        """Find, open and check everything, building the network without weights; reads headers only."""
+        if path is None:
+            raise ValueError(f"{cls.__name__}.from_pretrained needs a folder or the name of a repository")
+        config, commit = cls.load_config(path, return_commit_hash=True, **options.where)
+        where = {**options.where, "revision": commit} if commit else options.where
+        cls._check_class(config, path)
+        checkpoint = options.open(path, (WEIGHTS_NAME,), where)
+        return Prepared.of(cls, config, checkpoint, options, config_changes, str(path))
+
+    @classmethod
+    def _check_class(cls, config: Mapping[str, Any], path: Any) -> None:
+        saved = config.get("_class_name")
+        if not isinstance(saved, str) or saved in {c.__name__ for c in cls.__mro__}:
+            return
+        module = registry.public_names().get(saved, "")
+        if module.startswith("effusion.models.") and not issubclass(registry.find_class("diffusers", saved), cls):
+            raise CheckpointError(f"{path}: {cls.config_name} is that of a {saved}, not of a {cls.__name__}")
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write configuration and weights into a folder, which :meth:`from_pretrained` and the peer read.
+
+        Everything is written aside first and moved into place when complete, so a folder never holds
+        half a save. Old shards of the same variant are removed.
+        """
+        saving.parse_size(max_shard_size)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        with saving.staged(folder) as aside:
+            self.save_config(aside)
+            written = saving.save_weights(
+                aside,
+                self.state_dict(),
+                stem=WEIGHTS_NAME,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                safe_serialization=safe_serialization,
+                save_function=save_function,
+            )
+        saving.remove_stale(folder, written, WEIGHTS_NAME, variant)
+        if push_to_hub:
+            hub.upload_folder(folder, **kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
+    ) -> str:
+        """Save into a temporary folder and upload that to ``repo_id``; returns the URL of the commit."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return hub.upload_folder(Path(folder), repo_id=repo_id, **kwargs)
+
+    # -- size ------------------------------------------------------------------------------------
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; optionally only those that need gradients, or without embedding tables."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in tables
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers unless ``return_buffers`` is false."""
+        buffers = sum(b.nbytes for b in self.buffers()) if return_buffers else 0
+        return sum(p.nbytes for p in self.parameters()) + buffers
+
+    # -- speed -----------------------------------------------------------------------------------
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile`` every block that repeats (``_repeated_blocks``): compiled once, used many times.
+
+        Raises:
+            ValueError: this network names no repeated blocks, or has none of them.
+        """
+        blocks = [m for m in self.modules() if type(m).__name__ in self._repeated_blocks]
+        if not blocks:
+            raise ValueError(f"{type(self).__name__} has no blocks of the classes {list(self._repeated_blocks)}")
+        for block in blocks:
+            block.compile(*args, **kwargs)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Callable[..., Any] | None = None) -> None:
+        """Compute attention with the package ``xformers``.
+
+        Raises:
+            MissingExtra: it is not installed.
+            ValueError: ``attention_op`` is given; the package chooses its own.
+        """
+        if attention_op is not None:
+            raise ValueError("`attention_op` can't be chosen here; leave it out")
+        self.set_attention_backend("xformers")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Back to the backend in force."""
+        self.reset_attention_backend()

@@ -1,0 +1,92 @@
+"""AutoModel: the class is what the configuration says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core import hub, registry
+from ..core.config import ConfigMixin, read_json
+from ..core.errors import CheckpointError, MissingFile, UntrustedCode
+
+
+class AutoModel(ConfigMixin):
+    """Loads a network without being told its class; the configuration says it (ours, or one of transformers)."""
+
+    config_name = "config.json"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("AutoModel is not built itself: use `AutoModel.from_pretrained` or `AutoModel.from_config`")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_or_path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
+        """Load whatever network is there; takes the arguments of :meth:`ModelMixin.from_pretrained`.
+
+        If ``subfolder`` has a configuration without a class in it, or the folder is a pipeline's, the
+        class comes from ``model_index.json``.
+
+        Raises:
+            CheckpointError: no configuration, or one that names no class that we have.
+            UntrustedCode: the configuration wants code of its own to be run.
+        """
+        path = kwargs.pop("pretrained_model_name_or_path", pretrained_model_or_path)
+        if path is None:
+            raise ValueError("AutoModel.from_pretrained needs a folder or the name of a repository")
+        trusted = bool(kwargs.pop("trust_remote_code", False))
+        where, _ = hub.split_location(kwargs)
+        found = _class_of(path, where, trusted)
+        return found.from_pretrained(path, **kwargs)
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Build the network that a configuration (a dictionary, or where one lies) describes, with random weights."""
+        source = pretrained_model_name_or_path_or_dict
+        if source is None:
+            raise ValueError("AutoModel.from_config needs a configuration, a folder or the name of a repository")
+        trusted = bool(kwargs.pop("trust_remote_code", False))
+        if isinstance(source, Mapping):
+            return class_from_config(source, "the configuration", trusted).from_config(source, **kwargs)
+        where, rest = hub.split_location(kwargs)
+        config = read_json(hub.resolve_file(source, cls.config_name, **where))
+        found = class_from_config(config, str(source), trusted)
+        if registry.public_names().get(found.__name__, "").startswith("effusion."):
+            return found.from_config(config, **rest)
+        return found(found.config_class.from_dict(config))
+
+
+def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: bool) -> Any:
+    config_file = hub.try_file(path, AutoModel.config_name, **where)
+    if config_file is None:
+        raise MissingFile(f"{Path(path) / (where.get('subfolder') or '')}: no {AutoModel.config_name} there")
+    config = read_json(config_file)
+    if "_class_name" not in config and where.get("subfolder"):
+        index = hub.try_file(path, "model_index.json", **{**where, "subfolder": None})
+        entry = read_json(index).get(str(where["subfolder"])) if index else None
+        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            return registry.find_class(*entry)
+    return class_from_config(config, str(config_file), trusted)
+
+
+def class_from_config(config: Mapping[str, Any], label: str, trusted: bool = False) -> Any:
+    """The class that a network's configuration names.
+
+    Raises:
+        UntrustedCode: it has an ``auto_map`` (code in the repository) and no class that is installed.
+    """
+    name = config.get("_class_name")
+    if isinstance(name, str) and name in registry.public_names():
+        return registry.find_class("diffusers", name)
+    architectures = config.get("architectures")
+    if isinstance(config.get("model_type"), str) and isinstance(architectures, list) and len(architectures) == 1:
+        return registry.find_class("transformers", str(architectures[0]))
+    if "auto_map" in config and not trusted:
+        raise UntrustedCode(f"{label} wants to run code from its repository; this needs `trust_remote_code=True`")
+    if isinstance(name, str):
+        return registry.find_class("diffusers", name)  # raises, naming the class
+    raise CheckpointError(f"{label} names no class: neither `_class_name` nor `model_type` with `architectures`")

@@ -1,0 +1,201 @@
+"""A checkpoint: tensors by name over one file, many shards or a dictionary; headers only at first."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import hub
+from ..core.errors import CheckpointError, MissingFile
+from . import torch_file
+from .safetensors_file import SafetensorsFile, unique_keys
+from .slices import TensorSlice
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_MAX_INDEX = 64 << 20
+
+
+class Checkpoint(Mapping[str, "TensorSlice | Tensor"]):
+    """What a checkpoint holds, by name: where each tensor lies, its dtype and shape.
+
+    A value is a :class:`TensorSlice` (safetensors) or the tensor itself (torch files, dictionaries);
+    both have ``dtype`` and ``shape``. :meth:`tensor` gives the tensor.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, TensorSlice | Tensor],
+        files: Mapping[Path, SafetensorsFile] | None = None,
+        label: str = "the state dictionary",
+        metadata: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._entries, self._files, self.label = dict(entries), dict(files or {}), label
+        self.metadata = dict(metadata or {})
+        self._names = dict(names or {})  # name here -> name in the file, where they differ
+
+    def __getitem__(self, name: str) -> TensorSlice | Tensor:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def tensor(self, name: str, mapped: bool = True) -> Tensor:
+        """Tensor ``name``; over the mapped file unless ``mapped`` is false."""
+        entry = self._entries[name]
+        if isinstance(entry, Tensor):
+            return entry
+        return self._files[entry.path].tensor(self._names.get(name, name), mapped)
+
+    def release(self, name: str) -> None:
+        """Give back the pages that reading ``name`` brought in, once its values were copied elsewhere."""
+        entry = self._entries[name]
+        if isinstance(entry, TensorSlice):
+            self._files[entry.path].release(self._names.get(name, name))
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names: ``names`` maps old to new; those not in it are left out."""
+        origin = {new: self._names.get(old, old) for old, new in names.items()}
+        entries = {new: self._entries[old] for old, new in names.items()}
+        return Checkpoint(entries, self._files, self.label, self.metadata, origin)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self._files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as stored."""
+        return sum(e.nbytes for e in self._entries.values())
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """The file names that a checkpoint may have, for one stem, extension and variant."""
+
+    stem: str
+    extension: str
+    variant: str | None = None
+
+    @property
+    def single(self) -> str:
+        return f"{self.stem}{_dot(self.variant)}.{self.extension}"
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.{self.extension}.index{_dot(self.variant)}.json"
+
+    def shard(self, number: int, count: int) -> str:
+        return f"{self.stem}{_dot(self.variant)}-{number:05d}-of-{count:05d}.{self.extension}"
+
+
+def _dot(text: str | None) -> str:
+    return f".{text}" if text else ""
+
+
+def open_file(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open one weights file, of the safetensors format or (weights only) of torch's."""
+    path = Path(path)
+    if torch_file.looks_like(path):
+        return Checkpoint(torch_file.load(path), label=str(path))
+    file = SafetensorsFile(path)
+    return Checkpoint(file.slices, {path: file}, str(path), file.metadata)
+
+
+def open_checkpoint(
+    repo: str | os.PathLike[str],
+    *,
+    stems: tuple[str, ...] = STEMS[:1],
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    **where: Any,
+) -> Checkpoint:
+    """Find and open the weights in a folder or hub repository.
+
+    Args:
+        stems: base names to look for, the first found wins.
+        variant: ``"fp16"`` finds ``….fp16.safetensors`` and its sharded form.
+        use_safetensors: ``True`` safetensors only, ``False`` torch files only, ``None`` either,
+            safetensors first. Torch files are read with ``weights_only``.
+        where: location arguments of :func:`effusion.core.hub.resolve_file`.
+
+    Raises:
+        CheckpointError: no such weights, or they are not what they should be (file and key named).
+    """
+    extensions = {True: ("safetensors",), False: ("bin",), None: ("safetensors", "bin")}[use_safetensors]
+    looked = []
+    for extension in extensions:
+        for stem in stems if extension != "bin" else _torch_stems(stems):
+            names = WeightNames(stem, extension, variant)
+            for name in (names.single, names.index):
+                path = hub.try_file(repo, name, **where)
+                if path is not None:
+                    return open_index(path, repo, **where) if name == names.index else open_file(path)
+                looked.append(name)
+    raise MissingFile(_nothing_found(repo, looked, variant, use_safetensors, where))
+
+
+def _torch_stems(stems: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("pytorch_model" if stem == "model" else stem for stem in stems)
+
+
+def _nothing_found(
+    repo: Any, looked: list[str], variant: str | None, use_safetensors: bool | None, where: Mapping[str, Any]
+) -> str:
+    place = f"{repo}/{where['subfolder']}" if where.get("subfolder") else f"{repo}"
+    text = f"{place} has none of {', '.join(looked)}"
+    if variant:
+        return f"{text}; leave out `variant={variant!r}` to load the ordinary weights, if they are there"
+    if use_safetensors is True:
+        return f"{text}; `use_safetensors=None` allows torch files too"
+    return f"{text}; if the weights are a variant (`….fp16.safetensors`), name it: `variant='fp16'`"
+
+
+def open_index(path: Path, repo: str | os.PathLike[str] | None = None, **where: Any) -> Checkpoint:
+    """Open the shards that the index file ``path`` lists; all headers are read and compared with it."""
+    shard_of = read_index(path)
+    shards = sorted(set(shard_of.values()))
+    found = hub.sibling_files(path, shards, repo, **where)
+    opened = {name: open_file(found[name]) for name in shards}
+    entries, files = {}, {}
+    for tensor, shard in shard_of.items():
+        if tensor not in opened[shard]:
+            raise CheckpointError(f"{path} says that tensor {tensor!r} is in {shard}, but it is not")
+        entries[tensor] = opened[shard][tensor]
+    for checkpoint in opened.values():
+        files.update(checkpoint._files)
+    return Checkpoint(entries, files, str(path), next(iter(opened.values())).metadata)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index file: tensor name -> shard name, checked."""
+    if path.stat().st_size > _MAX_INDEX:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too large for an index")
+    try:
+        index = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid index: {error}") from error
+    table = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{path}: an index needs a `weight_map` from tensor names to file names")
+    for shard in set(table.values()):
+        hub.confine(shard, str(path))
+    return table
+
+
+def from_dict(state: Mapping[str, Any]) -> Checkpoint:
+    """A dictionary of tensors as a checkpoint."""
+    strange = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
+    if strange:
+        raise CheckpointError(f"a state dictionary maps names to tensors; these are none: {strange[:5]}")
+    return Checkpoint(state)
