@@ -73,7 +73,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return value * F.gelu(gate)  # type: ignore[no-any-return]
 
 
 class SwiGLU(nn.Module):
@@ -85,7 +85,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.silu(gate)
+        return value * F.silu(gate)  # type: ignore[no-any-return]
 
 
 _FIRST: dict[str, Callable[[int, int, bool], nn.Module]] = {

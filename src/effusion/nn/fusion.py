@@ -21,8 +21,8 @@ class FusedProjections(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._register_state_dict_hook(_split_state)
-        self._register_load_state_dict_pre_hook(_join_state, with_module=True)
+        self._register_state_dict_hook(_split_state)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(_join_state, with_module=True)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def fuse_projections(self, fuse: bool = True) -> None:
@@ -41,8 +41,9 @@ class FusedProjections(nn.Module):
                 for part in parts:
                     del self._modules[part]
             elif not fuse and joint in self._modules:
-                layers = _parted(self._modules.pop(joint), len(parts))  # type: ignore[arg-type]
-                self._modules.update(zip(parts, layers, strict=True))
+                whole = self._modules.pop(joint)
+                assert isinstance(whole, nn.Linear)
+                self._modules.update(zip(parts, _parted(whole, len(parts)), strict=True))
         self.fused_projections = fuse
 
     def unfuse_projections(self) -> None:

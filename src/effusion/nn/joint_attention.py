@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import attend
-from .norms import RMSNorm
 from .fusion import FusedProjections, project
+from .norms import RMSNorm
 from .rotary import apply_rotary
 
 
@@ -93,10 +93,11 @@ class JointAttention(FusedProjections):
 
     def set_processor(self, processor: Any) -> None:
         """Let ``processor`` compute this module; keyword arguments that it does not know are not given to it."""
-        if isinstance(getattr(self, "processor", None), nn.Module) and not isinstance(processor, nn.Module):
-            del self.processor
-        self.processor = processor
-        parameters = inspect.signature(getattr(processor, "__call__", processor)).parameters.values()
+        if not isinstance(processor, nn.Module):
+            self._modules.pop("processor", None)
+        self.processor: Any = processor
+        call = processor.forward if isinstance(processor, nn.Module) else processor
+        parameters = inspect.signature(call).parameters.values()
         self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
     def get_processor(self) -> Any:
@@ -118,11 +119,11 @@ class JointAttention(FusedProjections):
 
     def out(self, x: Tensor) -> Tensor:
         """The result for the tokens, ``(B, L, H * D) -> (B, L, dim)``."""
-        return x if self.to_out is None else self.to_out[1](self.to_out[0](x))  # type: ignore[no-any-return]
+        return x if self.to_out is None else self.to_out[1](self.to_out[0](x))
 
     def context_out(self, x: Tensor) -> Tensor | None:
         """The result for the context tokens, if it is wanted."""
-        return None if self.to_add_out is None else self.to_add_out(x)  # type: ignore[no-any-return]
+        return None if self.to_add_out is None else self.to_add_out(x)
 
     def forward(
         self,

@@ -60,7 +60,8 @@ class AxialRotary(nn.Module):
             wide = joint.device.type not in ("mps", "npu")
             return rotary_table(joint, self.axes_dim, self.theta, torch.float64 if wide else torch.float32)
 
-        return self.memo.get(ids[0], ids, make)
+        table: Tensor = self.memo.get(ids[0], ids, make)
+        return table
 
 
 class Memo:
