@@ -22,6 +22,42 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.base": ("ModelMixin",),
     "effusion.models.autoencoder_kl": ("AutoencoderKL",),
     "effusion.models.transformer_flux": ("FluxTransformer2DModel",),
+    "effusion.models.transformer_sd3": ("SD3Transformer2DModel",),
+    # pipelines
+    "effusion.pipelines.base": ("DiffusionPipeline",),
+    "effusion.pipelines.modular": ("ModularPipeline",),
+    "effusion.pipelines.auto": (
+        "AutoPipeline",
+        "AutoPipelineForText2Image",
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
+    ),
+    "effusion.pipelines.outputs": (
+        "ImagePipelineOutput",
+        "StableDiffusionPipelineOutput",
+        "StableDiffusionXLPipelineOutput",
+    ),
+    "effusion.pipelines.callbacks": (
+        "PipelineCallback",
+        "MultiPipelineCallbacks",
+        "SDCFGCutoffCallback",
+        "SDXLCFGCutoffCallback",
+    ),
+    "effusion.pipelines.stable_diffusion": (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+    ),
+    "effusion.pipelines.stable_diffusion_xl": (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    ),
+    "effusion.pipelines.latent_consistency": (
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    ),
+    "effusion.pipelines.unconditional": ("DDPMPipeline", "DDIMPipeline"),
     # image processing
     "effusion.blocks.images": ("VaeImageProcessor",),
 }

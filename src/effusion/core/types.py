@@ -107,3 +107,56 @@ class ModelInput:
 
     def replace(self, **changes: Any) -> ModelInput:
         return replace(self, **changes)
+
+
+@dataclass
+class State:
+    """What passes from block to block during one run.
+
+    Arguments of the call that share a name with a field start in that field; every other argument,
+    and what other people's blocks return, is in ``user``.
+    """
+
+    batch: int | None = None  # images to make: prompts x images per prompt
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    guide: bool | None = None  # whether there is a negative branch
+    conds: dict[str, Cond] | None = None  # guidance branch -> its conditioning, in batch order
+    timesteps: Any = None  # (S,)
+    image: Any = None  # what the caller gave, then pixels (B, 3, H, W) in [-1, 1]
+    mask: Tensor | None = None  # (B, 1, h, w) at the size of the latents; 1 = paint here
+    latents: Tensor | None = None  # (B, C, h, w)
+    noise: Tensor | None = None  # like latents
+    image_latents: Tensor | None = None  # like latents
+    channels: Tensor | None = None  # extra input channels of the network (B, C', h, w)
+    tokens: Tensor | None = None  # extra input tokens of the network (B, L', C)
+    guidance: Tensor | None = None  # embedded guidance of a distilled network
+    denoised: Tensor | None = None  # the last step's estimate of the clean latents
+    images: Any = None  # the result, in the form that was asked for
+    interrupted: bool = False  # set by a consumer to stop denoising after the current step
+    user: dict[str, Any] = field(default_factory=dict)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Store ``values``, each in its field or in ``user``."""
+        for name, value in values.items():
+            if name in _STATE_FIELDS:
+                setattr(self, name, value)
+            else:
+                self.user[name] = value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value called ``name``, or ``default``."""
+        return getattr(self, name) if name in _STATE_FIELDS else self.user.get(name, default)
+
+
+_STATE_FIELDS = frozenset(f.name for f in fields(State)) - {"user"}
+
+
+@dataclass
+class Step:
+    """One finished denoising step, as the loop hands it to its consumers; they may change ``state``."""
+
+    index: int
+    timestep: Tensor
+    total: int
+    state: State

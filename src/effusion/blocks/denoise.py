@@ -1,0 +1,96 @@
+"""The denoising loop: a generator over steps, the same for every family and task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.types import Cond, ModelInput, State, Step
+from .guiders import ClassifierFree
+
+
+def denoise(
+    state: State,
+    family: Any,
+    components: Any,
+    scheduler: Any,
+    timesteps: Tensor,
+    eta: float = 0.0,
+    generator: Any = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    guider: Any = None,
+    blend: Any = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    use_clipped_model_output: bool | None = None,
+) -> Iterator[Step]:
+    """Go from noise to latents: per step scale the input, predict each branch, guide, step, blend.
+
+    Yields a :class:`Step` after each; the consumer may change ``state`` (latents, conditioning,
+    ``interrupted``) and the loop goes on with what it finds there.
+    """
+    model = components[family.denoiser]
+    options = step_options(scheduler, eta=eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
+    guider = guider or ClassifierFree(guidance_scale, guidance_rescale)
+    state.update({"guider": guider})
+    predictor = Predictor(family.call, model, state, cross_attention_kwargs)
+    assert state.latents is not None and state.conds is not None
+    for index, t in enumerate(timesteps):
+        x = scheduler.scale_model_input(state.latents, t)
+        prediction = guider(predictor.at(x, t), state.conds)
+        stepped = scheduler.step(prediction, t, state.latents, **options, return_dict=False)
+        state.latents = stepped[0]
+        state.denoised = stepped[1] if len(stepped) > 1 else None
+        if blend is not None:
+            state.latents = blend(state.latents, index, timesteps)
+        yield Step(index, t, len(timesteps), state)
+        if state.interrupted:
+            break
+
+
+class Predictor:
+    """Evaluates the network for some branches at once, as one batch."""
+
+    def __init__(self, call: Any, model: Any, state: State, attention: dict[str, Any] | None) -> None:
+        self.call, self.model, self.state, self.attention = call, model, state, attention
+        self._batched: tuple[tuple[Cond, ...], Cond] | None = None
+
+    def at(self, x: Tensor, t: Tensor) -> Any:
+        """The predictions at ``x``, ``t`` as a function of the branches."""
+        return lambda conds: self.predict(x, t, conds)
+
+    def predict(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Sequence[Tensor]:
+        n, state = len(conds), self.state
+        inputs = ModelInput(
+            x=_tile(x, n),
+            t=t,
+            cond=self._cat(conds),
+            channels=_tile(state.channels, n),
+            tokens=_tile(state.tokens, n),
+            guidance=_tile(state.guidance, n),
+            attention=self.attention,
+        )
+        prediction = self.call(self.model, inputs)
+        return (prediction,) if n == 1 else prediction.chunk(n)
+
+    def _cat(self, conds: Sequence[Cond]) -> Cond:
+        """The branches as one batch; made again only when one of them was replaced."""
+        key = tuple(conds)
+        before = self._batched
+        if before is None or len(before[0]) != len(key) or any(a is not b for a, b in zip(before[0], key, strict=True)):
+            before = self._batched = (key, Cond.cat(key))
+        return before[1]
+
+
+def _tile(x: Tensor | None, n: int) -> Any:
+    return x if x is None or n == 1 else torch.cat([x] * n)
+
+
+def step_options(scheduler: Any, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that the scheduler's ``step`` takes."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {k: v for k, v in options.items() if k in accepted and v is not None}

@@ -1,0 +1,84 @@
+"""Prompts to conditioning: what text encoders of the CLIP kind need, whatever the family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import log
+
+logger = log.get_logger(__name__)
+Prompt = str | Sequence[str] | None
+
+
+def as_list(prompt: Prompt, batch: int = 1) -> list[str]:
+    """A prompt, or several, as a list of ``batch`` strings."""
+    if prompt is None:
+        return [""] * batch
+    return [prompt] * batch if isinstance(prompt, str) else list(prompt)
+
+
+def tokenize(
+    tokenizer: Any, texts: list[str], max_length: int | None = None, what: str = "CLIP", **options: Any
+) -> Any:
+    """Token ids and mask padded to ``max_length``; warns with the part of a prompt that was cut off."""
+    length = max_length or tokenizer.model_max_length
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt", **options}
+    tokens = tokenizer(texts, max_length=length, **options)
+    longest = tokenizer(texts, padding="longest", return_tensors="pt").input_ids
+    if longest.shape[-1] > tokens.input_ids.shape[-1]:
+        lost = [t for t in tokenizer.batch_decode(longest[:, length - 1 : -1]) if t.strip()]
+        logger.warning("%s reads at most %d tokens; this part of your input was truncated: %s", what, length, lost)
+    return tokens
+
+
+def clip_tokens(
+    text_encoder: Any, tokenizer: Any, texts: list[str], device: torch.device, clip_skip: int | None, length: int | None
+) -> Tensor:
+    """Last hidden states of a CLIP text model (or ``clip_skip`` layers earlier), normalised; ``(B, L, D)``."""
+    tokens = tokenize(tokenizer, texts, length)
+    use_mask = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if use_mask else None
+    ids = tokens.input_ids.to(device)
+    if clip_skip is None:
+        return text_encoder(ids, attention_mask=mask)[0]
+    hidden = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+    norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    return norm(hidden)
+
+
+def check_prompts(
+    prompt: Any,
+    prompt_embeds: Tensor | None,
+    negative_prompt: Any = None,
+    negative_prompt_embeds: Tensor | None = None,
+) -> int:
+    """Exactly one form of prompt, negatives that match it; returns the number of prompts.
+
+    Raises:
+        ValueError: none or both forms given, or shapes and lengths that don't match.
+        TypeError: a prompt that is no text.
+    """
+    for name, text, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ValueError(f"both `{name}` and `{name}_embeds` were given; give one of them")
+        if text is not None and not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"`{name}` has to be a string or a list of strings, not {type(text).__name__}")
+    if prompt is None and prompt_embeds is None:
+        raise ValueError("neither `prompt` nor `prompt_embeds` was given; give one of them")
+    if prompt_embeds is not None and negative_prompt_embeds is not None:
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ValueError(
+                f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
+                f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
+            )
+    count = prompt_embeds.shape[0] if prompt_embeds is not None else len(as_list(prompt))
+    if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != count:
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {count} prompts: give one, or one for each")
+    return count

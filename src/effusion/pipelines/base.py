@@ -1,0 +1,346 @@
+"""The base of all pipelines: components under their names, and the run of a family's blocks."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..blocks import engine
+from ..blocks.images import VaeImageProcessor
+from ..core import log
+from ..core.config import ConfigMixin
+from ..core.types import State, Step
+from ..families.base import Family
+from . import loading
+from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
+from .components import component_entry, component_names
+
+logger = log.get_logger(__name__)
+Self = TypeVar("Self", bound="DiffusionPipeline")
+
+
+class DiffusionPipeline(ConfigMixin):
+    """Components (networks, tokenizers, a scheduler) and a way to run them.
+
+    Load any pipeline with :meth:`from_pretrained`; the folder says which class it is.
+
+    Attributes:
+        family: the record that the pipeline runs.
+        task: which of the family's tasks it does.
+    """
+
+    config_name = "model_index.json"
+    family: ClassVar[Family]
+    task: ClassVar[str] = "text2image"
+    output_class: ClassVar[Any] = None
+    model_cpu_offload_seq: ClassVar[str | None] = None
+    _optional_components: ClassVar[list[str]] = []
+    _exclude_from_cpu_offload: ClassVar[list[str]] = []
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _load_connected_pipes: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: engine.BlockList | None = None
+        self._interrupt = False
+
+    # -- components ------------------------------------------------------------------------------
+
+    def _register(self, arguments: Mapping[str, Any]) -> None:
+        """Take ``locals()`` of ``__init__``: components become attributes, the rest configuration."""
+        names = component_names(type(self))
+        given = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        self.register_modules(**{k: v for k, v in given.items() if k in names})
+        self.register_to_config(**{k: v for k, v in given.items() if k not in names})
+
+    def register_modules(self, **components: Any) -> None:
+        """Make ``components`` attributes of the pipeline, listed in its configuration as [library, class]."""
+        for name, component in components.items():
+            self.register_to_config(**{name: component_entry(component)})
+            object.__setattr__(self, name, component)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ and name in self.__dict__.get("_internal_dict", {}):
+            self.register_to_config(**{name: component_entry(value)})
+        object.__setattr__(self, name, value)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name; those that are not there are ``None``."""
+        return {name: getattr(self, name, None) for name in component_names(type(self))}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that are networks."""
+        return {name: c for name, c in self.components.items() if isinstance(c, nn.Module)}
+
+    @property
+    def name_or_path(self) -> str | None:
+        return self.config.get("_name_or_path")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first network."""
+        return next((m.dtype for m in self.modules.values()), torch.float32)  # type: ignore[misc]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first network is."""
+        return next((m.device for m in self.modules.values()), torch.device("cpu"))  # type: ignore[misc]
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the networks compute, wherever their weights rest."""
+        return self.device
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast every network, as ``torch.nn.Module.to`` does: ``to(device, dtype)`` in any order.
+
+        ``silence_dtype_warnings`` is accepted for compatibility.
+        """
+        kwargs.pop("silence_dtype_warnings", None)
+        for module in self.modules.values():
+            module.to(*args, **kwargs)
+        return self
+
+    # -- loading and saving ----------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a pipeline from a folder or a repository on the hub; see :func:`~.loading.load_pipeline`."""
+        return loading.load_pipeline(cls, pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save every component and ``model_index.json``; see :func:`~.loading.save_pipeline`."""
+        loading.save_pipeline(self, save_directory, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
+        """Fetch what a pipeline needs into the cache and return the folder."""
+        return str(loading.download(pretrained_model_name, **kwargs))
+
+    @classmethod
+    def from_pipe(cls: type[Self], pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """A pipeline of this class that shares the components of another one; ``kwargs`` replace some.
+
+        Raises:
+            ValueError: this class needs a component that the other pipeline doesn't have.
+        """
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+        names, theirs = component_names(cls), pipeline.components
+        shared = {k: v for k, v in theirs.items() if k in names}
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        settings = {p.name: pipeline.config[p.name] for p in parameters if p.name not in names and p.name in pipeline.config}
+        given = {**shared, **settings, **kwargs}
+        unknown = sorted(set(given) - {p.name for p in parameters})
+        missing = sorted(set(names) - set(given) - set(cls._optional_components))
+        if unknown or missing:
+            raise ValueError(
+                f"{cls.__name__} can't be made from {type(pipeline).__name__}: "
+                + (f"components {missing} are missing, pass them; " if missing else "")
+                + (f"arguments {unknown} are unknown, it takes {sorted(p.name for p in parameters)}" if unknown else "")
+            )
+        made = cls(**{name: given.get(name) for name in names}, **{k: v for k, v in given.items() if k not in names})
+        if dtype is not None:
+            made.to(dtype=dtype)
+        return made
+
+    # -- progress --------------------------------------------------------------------------------
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """A progress bar over ``iterable`` or of ``total`` steps, as :meth:`set_progress_bar_config` says."""
+        if (iterable is None) == (total is None):
+            raise ValueError("give `iterable` or `total`, one of them")
+        config = dict(getattr(self, "_progress_bar_config", {}))
+        config.setdefault("disable", not log.is_progress_bar_enabled())
+        return tqdm(iterable, **config) if iterable is not None else tqdm(total=total, **config)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options of ``tqdm`` for all runs; ``disable=True`` for none."""
+        self._progress_bar_config = kwargs
+
+    @staticmethod
+    def numpy_to_pil(images: Any) -> Any:
+        """Arrays (B, H, W, C) in [0, 1] to PIL images."""
+        return VaeImageProcessor.numpy_to_pil(images)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> engine.BlockList:
+        """The blocks of this pipeline, its own to edit."""
+        if self._blocks is None:
+            self._blocks = self.family.blocks(self.task)
+        return self._blocks
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return self.family.latent_format(self.components).downscale
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        return self._processor()
+
+    @property
+    def mask_processor(self) -> VaeImageProcessor:
+        return self._processor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+
+    def _processor(self, **options: Any) -> VaeImageProcessor:
+        f = self.family.latent_format(self.components)
+        return VaeImageProcessor(vae_scale_factor=f.downscale, vae_latent_channels=f.channels, **options)
+
+    def _context(self) -> dict[str, Any]:
+        """What blocks may ask for besides the state."""
+        return {
+            **self.components,
+            "components": self.components,
+            "family": self.family,
+            "task": self.task,
+            "config": self.config,
+            "device": self._execution_device,
+            "image_processor": self.image_processor,
+            "mask_processor": self.mask_processor,
+        }
+
+    def stream(self, **inputs: Any) -> Iterator[Step]:
+        """Run, yielding each :class:`~effusion.core.types.Step`; stop early by leaving the loop.
+
+        The last step's ``state`` has the result in ``images`` once the iterator is exhausted.
+        """
+        state = self._begin(inputs)
+        with torch.no_grad():
+            yield from engine.stream(self.blocks, state, self._context())
+
+    def _begin(self, inputs: Mapping[str, Any]) -> State:
+        state = State()
+        state.update({**self.family.defaults.get(self.task, {}), **inputs})
+        self._interrupt = False
+        for name in _LIVE:
+            setattr(self, f"_{name}", state.get(name))
+        return state
+
+    def _generate(self, arguments: Mapping[str, Any]) -> Any:
+        """Run with ``locals()`` of a face's ``__call__``; returns its output class, or a tuple."""
+        inputs = {k: v for k, v in arguments.items() if k not in ("self", "kwargs", "__class__")}
+        inputs |= self._legacy_callback(dict(arguments.get("kwargs") or {}))
+        state = self._begin(inputs)
+        callback, names = self._callback_of(state)
+        bar: Any = None
+
+        def on_block(block: engine.Block, state: State) -> None:
+            nonlocal bar
+            if block.name == "denoise":
+                self._num_timesteps = len(state.timesteps)
+                bar = self.progress_bar(total=self._num_timesteps // self.components["scheduler"].order or 1)
+
+        try:
+            with torch.no_grad():
+                for step in engine.stream(self.blocks, state, self._context(), on_block):
+                    self._after_step(step, callback, names, bar)
+        finally:
+            if bar is not None:
+                bar.close()
+            self.maybe_free_model_hooks()
+        return self._result(state)
+
+    def _after_step(self, step: Step, callback: Any, names: list[str], bar: Any) -> None:
+        state = step.state
+        if callback is not None:
+            given = {name: read_tensor(state, name) for name in names}
+            returned = callback(self, step.index, step.timestep, dict(given))
+            write_tensors(state, given, returned or {})
+            self._sync_guidance(state)
+        state.interrupted = state.interrupted or self._interrupt
+        order = self.components["scheduler"].order
+        if step.index == step.total - 1 or (step.index + 1) % order == 0:
+            bar.update()
+
+    def _sync_guidance(self, state: State) -> None:
+        """A callback may have set ``pipe._guidance_scale``: the rest of the run follows it."""
+        scale, guider = self._guidance_scale, state.get("guider")
+        if scale is None or not hasattr(guider, "scale") or guider.scale == scale:
+            return
+        guider.scale = scale
+        if scale <= 1 and state.conds is not None:
+            state.conds = {"positive": state.conds["positive"]}
+
+    def _callback_of(self, state: State) -> tuple[Any, list[str]]:
+        callback = state.get("callback_on_step_end")
+        names = state.get("callback_on_step_end_tensor_inputs") or ["latents"]
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = list(callback.tensor_inputs)
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; allowed are {self._callback_tensor_inputs}"
+            )
+        return callback, list(names)
+
+    def _legacy_callback(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """``callback(step, timestep, latents)`` every ``callback_steps``, as scripts of old call it."""
+        old, every = extra.pop("callback", None), extra.pop("callback_steps", 1)
+        if extra:
+            raise TypeError(f"{type(self).__name__}() got unexpected arguments {sorted(extra)}")
+        if every is not None and (not isinstance(every, int) or every <= 0):
+            raise ValueError(f"`callback_steps` has to be a positive integer, got {every!r}")
+        if old is None:
+            return {}
+
+        def adapter(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if index % every == 0:
+                old(index, timestep, tensors["latents"])
+            return {}
+
+        return {"callback_on_step_end": adapter}
+
+    def _result(self, state: State) -> Any:
+        values = (state.images,)
+        if not state.get("return_dict", True):
+            return values
+        return self.output_class(*values)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Let go of what a run brought to the device; a no-op unless a memory policy says otherwise."""
+
+    # -- what callbacks read ---------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale  # type: ignore[no-any-return]
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale  # type: ignore[no-any-return]
+
+    @property
+    def clip_skip(self) -> int | None:
+        return self._clip_skip  # type: ignore[no-any-return]
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        return self._cross_attention_kwargs  # type: ignore[no-any-return]
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current run has a negative branch."""
+        return self._guidance_scale is not None and self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the current run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set ``pipe._interrupt = True`` in a callback to stop after the current step."""
+        return self._interrupt
+
+
+_LIVE = ("guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "denoising_start", "denoising_end")

@@ -1,0 +1,47 @@
+"""Which face does which task of which family: the table behind Auto pipelines and ``load``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import registry
+
+# family -> task -> class, in the order in which a family is looked for
+FACES: dict[str, dict[str, str]] = {
+    "stable-diffusion": {
+        "text2image": "StableDiffusionPipeline",
+        "image2image": "StableDiffusionImg2ImgPipeline",
+        "inpaint": "StableDiffusionInpaintPipeline",
+    },
+    "stable-diffusion-xl": {
+        "text2image": "StableDiffusionXLPipeline",
+        "image2image": "StableDiffusionXLImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLInpaintPipeline",
+    },
+    "lcm": {
+        "text2image": "LatentConsistencyModelPipeline",
+        "image2image": "LatentConsistencyModelImg2ImgPipeline",
+    },
+    "ddpm": {"text2image": "DDPMPipeline"},
+    "ddim": {"text2image": "DDIMPipeline"},
+}
+
+
+def family_of(class_name: str) -> str | None:
+    """The family that a pipeline class belongs to."""
+    return next((family for family, tasks in FACES.items() if class_name in tasks.values()), None)
+
+
+def face_for(class_name: str, task: str) -> Any:
+    """The class that does ``task`` with the components of ``class_name``.
+
+    Raises:
+        ValueError: an unknown class, or a family that has no such face.
+    """
+    family = family_of(class_name)
+    if family is None:
+        known = sorted(name for tasks in FACES.values() for name in tasks.values())
+        raise ValueError(f"{class_name} belongs to no family that Effusion knows; it knows {known}")
+    if task not in FACES[family]:
+        raise ValueError(f"{class_name} ({family}) has no pipeline for {task}; it has {FACES[family]}")
+    return registry.find_class("diffusers", FACES[family][task])

@@ -1,0 +1,178 @@
+"""The classic faces of Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.types import State
+from ..families import stable_diffusion as sd
+from .base import DiffusionPipeline
+from .outputs import StableDiffusionPipelineOutput
+
+
+class StableDiffusionBase(DiffusionPipeline):
+    """What the faces of Stable Diffusion share: components and ``encode_prompt``."""
+
+    family = sd.STABLE_DIFFUSION
+    output_class = StableDiffusionPipelineOutput
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any,
+        feature_extractor: Any,
+        image_encoder: Any = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("a `safety_checker` needs a `feature_extractor`; give both, or neither")
+        self._register(locals())
+
+    def encode_prompt(
+        self,
+        prompt: Any,
+        device: Any,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompt and the negative prompt, each (B, L, D); the latter ``None`` without guidance."""
+        with torch.no_grad():
+            conds = sd.encode(
+                self.components, torch.device(device or self._execution_device), prompt, negative_prompt, prompt_embeds,
+                negative_prompt_embeds, num_images_per_prompt, do_classifier_free_guidance, clip_skip,
+            )["conds"]  # fmt: skip
+        return conds["positive"].tokens, conds["negative"].tokens if "negative" in conds else negative_prompt_embeds
+
+    def _result(self, state: State) -> Any:
+        flags = state.get("nsfw_content_detected")
+        if not state.get("return_dict", True):
+            return state.images, flags
+        return self.output_class(images=state.images, nsfw_content_detected=flags)
+
+
+class StableDiffusionPipeline(StableDiffusionBase):
+    """Text to image with Stable Diffusion 1.x and 2.x."""
+
+    task = "text2image"
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: Any = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        **kwargs: Any,
+    ) -> Any:
+        """Make pictures of ``prompt``; returns :class:`StableDiffusionPipelineOutput`."""
+        return self._generate(locals())
+
+
+class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
+    """Image to image with Stable Diffusion 1.x and 2.x (SDEdit, Meng et al. 2021)."""
+
+    task = "image2image"
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        image: Any = None,
+        strength: float = 0.8,
+        num_inference_steps: int | None = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = 7.5,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float | None = 0.0,
+        generator: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        **kwargs: Any,
+    ) -> Any:
+        """Repaint ``image`` as ``prompt`` says, keeping less of it the higher ``strength`` is."""
+        return self._generate(locals())
+
+
+class StableDiffusionInpaintPipeline(StableDiffusionBase):
+    """Inpainting with Stable Diffusion 1.x and 2.x, with 9-channel networks and with ordinary ones."""
+
+    task = "inpaint"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        image: Any = None,
+        mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: Any = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        **kwargs: Any,
+    ) -> Any:
+        """Paint ``prompt`` where ``mask_image`` is white, keeping the rest of ``image``."""
+        return self._generate(locals())
