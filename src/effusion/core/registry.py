@@ -16,6 +16,14 @@ from .optional import require
 MODULES: dict[str, tuple[str, ...]] = {
     "effusion.core.config": ("ConfigMixin",),
     "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
+    "effusion.schedulers.base": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin", "SchedulerOutput"),
+    "effusion.schedulers.consistency": ("CMStochasticIterativeScheduler", "LCMScheduler", "TCDScheduler"),
+    "effusion.schedulers.ddim": ("DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler"),
+    "effusion.schedulers.ddpm": ("DDPMParallelScheduler", "DDPMScheduler"),
+    "effusion.schedulers.dpmsolver": ("DPMSolverMultistepScheduler",),
+    "effusion.schedulers.euler": ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+    "effusion.schedulers.flow_match": ("FlowMatchEulerDiscreteScheduler",),
+    "effusion.schedulers.pndm": ("IPNDMScheduler", "PNDMScheduler"),
     "effusion.nn.dispatch": ("attention_backend",),
     # networks
     "effusion.models.auto_model": ("AutoModel",),
@@ -23,6 +31,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.autoencoder_kl": ("AutoencoderKL",),
     "effusion.models.transformer_flux": ("FluxTransformer2DModel",),
     "effusion.models.transformer_sd3": ("SD3Transformer2DModel",),
+    "effusion.models.safety_checker": ("StableDiffusionSafetyChecker",),
     # pipelines
     "effusion.pipelines.base": ("DiffusionPipeline",),
     "effusion.pipelines.modular": ("ModularPipeline",),

@@ -1,4 +1,4 @@
-"""Embeddings of timesteps, guidance, class labels, sizes and pooled text: all that is small and conditions a network."""
+"""Embeddings of timesteps, guidance, labels, sizes and pooled text: all that is small and conditions a network."""
 
 from __future__ import annotations
 

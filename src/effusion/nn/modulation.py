@@ -34,8 +34,12 @@ class AdaLayerNormZero(nn.Module):
         self.linear = nn.Linear(dim, parts * dim, bias=bias)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
 
+    def vectors(self, emb: Tensor) -> tuple[Tensor, ...]:
+        """All ``parts`` projections of the conditioning, ``(B, D)`` each."""
+        return self.linear(self.silu(emb)).chunk(self.parts, dim=1)  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        shift, scale, *rest = self.linear(self.silu(emb)).chunk(self.parts, dim=1)
+        shift, scale, *rest = self.vectors(emb)
         return modulate(self.norm(x), shift, scale), *rest
 
 
