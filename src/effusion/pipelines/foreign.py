@@ -1,0 +1,138 @@
+"""Networks of ``transformers`` loaded our way: built without weights, and the mapped file assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core import log
+from ..core.config import read_json
+from ..core.errors import CheckpointError
+from ..weights import assign
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.prepare import LoadOptions, Prepared, building
+
+logger = log.get_logger(__name__)
+# prefixes that versions of transformers have put before, or taken from, the names of weights
+_PREFIXES = ("text_model.", "vision_model.", "model.")
+_IGNORABLE = ("*position_ids", "*.attn.masked_bias", "*rotary_emb.inv_freq")
+
+
+def prepare_foreign(cls: Any, folder: Path, options: LoadOptions) -> Any:
+    """A network of transformers, ready to be built; by its own ``from_pretrained`` where names don't meet ours.
+
+    Raises:
+        CheckpointError: configuration or weights are missing or broken.
+    """
+    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    if raw is None:
+        raise CheckpointError(f"{folder} has no config.json")
+    checkpoint = open_checkpoint(
+        folder, stems=("model",), variant=options.variant, use_safetensors=options.use_safetensors
+    )
+    if raw.get("quantization_config"):
+        return Fallback(cls, folder, options)
+    model = _skeleton(cls, folder)
+    fitted = _fit(checkpoint, assign.expected_tensors(model))
+    if fitted is None or (options.dtype != torch.float32 and _computed_floats(model)):
+        return Fallback(cls, folder, options)
+    return ForeignPrepared.of_model(cls, model, fitted, options)
+
+
+def _computed_floats(model: torch.nn.Module) -> list[str]:
+    """Floating-point buffers that no file has; transformers computes them in the dtype asked for."""
+    saved = assign.expected_tensors(model)
+    return [n for n, b in model.named_buffers() if n not in saved and b.is_floating_point()]
+
+
+def _skeleton(cls: Any, folder: Path) -> Any:
+    config = cls.config_class.from_pretrained(folder)
+    config._name_or_path = str(folder)
+    with building(cls, str(folder)):
+        model = cls(config)
+        model.tie_weights()
+    return model
+
+
+def _fit(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> Checkpoint | None:
+    """``checkpoint`` under the names of ``wanted``, or ``None`` if only transformers knows how they correspond."""
+    for change in (str, *(_dropper(p) for p in _PREFIXES), *(_adder(p) for p in _PREFIXES)):
+        names = {n: change(n) for n in checkpoint}
+        known = {old: new for old, new in names.items() if new in wanted}
+        ids = {id(wanted[new]) for new in known.values()}
+        complete = all(id(t) in ids for t in wanted.values())
+        if complete and len(set(known.values())) == len(known):
+            return checkpoint.renamed({**{n: n for n in names if n not in known}, **known})
+    return None
+
+
+def _dropper(prefix: str) -> Any:
+    return lambda name: name.removeprefix(prefix)
+
+
+def _adder(prefix: str) -> Any:
+    return lambda name: prefix + name
+
+
+class ForeignPrepared(Prepared[Any]):
+    """A prepared network of transformers, with its rules about float32."""
+
+    @classmethod
+    def of_model(cls, model_class: Any, model: Any, checkpoint: Checkpoint, options: LoadOptions) -> ForeignPrepared:
+        found = assign.match(model, checkpoint, _IGNORABLE)
+        found.check(model_class.__name__, checkpoint.label, options.ignore_mismatched_sizes)
+        return cls(model, checkpoint, found, options)
+
+    def build(self) -> Any:
+        """Give the network its weights."""
+        options, model = self.options, self.model
+        keep = _kept_in_float32(type(model), options.dtype)
+        slices = assign.assign(model, self.checkpoint, options.dtype, keep, options.device, options.mapped)
+        model.tie_weights()
+        left = assign.meta_tensors(model)
+        if left:
+            raise CheckpointError(f"{self.checkpoint.label}: {type(model).__name__} has no values for {left[:10]}")
+        if options.device is not None:
+            model.to(options.device)
+        if options.dtype is not None:
+            model.config.dtype = options.dtype
+        object.__setattr__(model, "_weight_slices", slices)
+        return model.eval()
+
+
+def _kept_in_float32(cls: Any, dtype: torch.dtype | None) -> tuple[str, ...]:
+    keep: list[str] = []
+    if dtype == torch.float16:
+        keep += getattr(cls, "_keep_in_fp32_modules", None) or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        keep += getattr(cls, "_keep_in_fp32_modules_strict", None) or ()
+    return tuple(keep)
+
+
+@dataclass
+class Fallback:
+    """A network that transformers loads itself."""
+
+    cls: Any
+    folder: Path
+    options: LoadOptions
+
+    def build(self) -> Any:
+        """Load it with its own ``from_pretrained``; strict about missing weights like everything here."""
+        options = self.options
+        model, info = self.cls.from_pretrained(
+            self.folder,
+            dtype=options.dtype or "auto",
+            variant=options.variant,
+            output_loading_info=True,
+            **({} if options.use_safetensors is None else {"use_safetensors": options.use_safetensors}),
+        )
+        if info["missing_keys"]:
+            raise CheckpointError(
+                f"{self.folder}: weights missing for {self.cls.__name__}: {sorted(info['missing_keys'])}"
+            )
+        return model.to(options.device) if options.device is not None else model
