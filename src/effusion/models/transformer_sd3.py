@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al., 2024): a rectified-flow transformer over image and text, MMDiT and MMDiT-X."""
+"""Stable Diffusion 3 and 3.5 (Esser et al., 2024): rectified-flow transformers over image and text."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: the image has more patches on a side than the table.
         """
-        assert self.pos_embed is not None and self.pos_embed_max_size is not None
+        assert self.pos_embed is not None
+        assert self.pos_embed_max_size is not None
         h, w, size = height // self.patch_size, width // self.patch_size, self.pos_embed_max_size
         if h > size or w > size:
             raise ValueError(
@@ -97,7 +98,7 @@ class PatchEmbed(nn.Module):
             )
         top, left = (size - h) // 2, (size - w) // 2
         table = self.pos_embed.unflatten(1, (size, size))[:, top : top + h, left : left + w]
-        return table.flatten(1, 2)
+        return table.flatten(1, 2)  # type: ignore[no-any-return]
 
     def forward(self, latent: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, L, D)``."""
