@@ -1,0 +1,206 @@
+"""Lu et al. (2022), "DPM-Solver" and "DPM-Solver++": multistep, singlestep, stochastic and inverted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.config import register_to_config
+from ..core.random import Generators, randn_tensor
+from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, exactly_one, one_of
+from .exponential import LambdaScheduler, Level
+from .noise import Array
+from .sigma import upcast
+
+ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+Weights = tuple[float, list[float], float]  # a, b (newest model output first), c of x' = a x + Σ b m + c z
+
+
+def integrals(algorithm: str, s: Level, t: Level) -> tuple[float, tuple[float, float, float], float]:
+    """``a``, ``φ_1 φ_2 φ_3`` and ``c`` of a step from ``s`` to ``t``.
+
+    The model output is expanded as ``D_0 + D_1 (λ - λ_s) / h + D_2 …``; ``φ_k`` are the exact integrals of these
+    terms: eq. 3.5 of DPM-Solver for noise, eq. 9 of DPM-Solver++ for data, appendix of the latter for the SDEs.
+    """
+    h = t.lam - s.lam
+    if h == 0:
+        return 1.0, (0.0, 0.0, 0.0), 0.0
+    if algorithm == "dpmsolver++":
+        e = math.expm1(-h)
+        phi = (-t.alpha * e, t.alpha * (e / h + 1), -t.alpha * ((e + h) / h**2 - 0.5))
+        return t.sigma / s.sigma, phi, 0.0
+    if algorithm == "sde-dpmsolver++":
+        e = -math.expm1(-2 * h)
+        a = t.sigma / s.sigma * math.exp(-h)
+        phi = (t.alpha * e, t.alpha * (1 - e / (2 * h)), t.alpha * ((e - 2 * h) / (2 * h) ** 2 - 0.5))
+        return a, phi, t.sigma * math.sqrt(max(e, 0.0))
+    e = math.expm1(h)
+    phi = (-t.sigma * e, -t.sigma * (e / h - 1), -t.sigma * ((e - h) / h**2 - 0.5))
+    if algorithm == "dpmsolver":
+        return t.alpha / s.alpha, phi, 0.0
+    return t.alpha / s.alpha, (2 * phi[0], 2 * phi[1], 2 * phi[2]), t.sigma * math.sqrt(max(math.expm1(2 * h), 0.0))
+
+
+def multistep(algorithm: str, solver_type: str, levels: Sequence[Level], order: int) -> Weights:
+    """A multistep step of ``order`` 1 to 3; ``levels`` are the target, the current one and the past, backwards."""
+    t, s = levels[:2]
+    a, (phi1, phi2, phi3), c = integrals(algorithm, s, t)
+    h = t.lam - s.lam
+    if order == 1 or h == 0:
+        return a, [phi1], c
+    r0 = (s.lam - levels[2].lam) / h
+    if order == 2:
+        d = (0.5 * phi1 if solver_type == "midpoint" else phi2) / r0
+        return a, [phi1 + d, -d], c
+    r1 = (levels[2].lam - levels[3].lam) / h
+    k = (phi2 * r0 + phi3) / (r0 + r1)
+    near, far = (phi2 + k) / r0, k / r1  # weights of m_0 - m_1 and of m_1 - m_2
+    return a, [phi1 + near, -near - far, far], c
+
+
+def multistep_order(order: int, remembered: int, index: int, steps: int, first: bool, second: bool) -> int:
+    """The order that step ``index`` can have; ``first``, ``second``: of the last and second last step at most."""
+    order = min(order, remembered + 1)
+    if index == steps - 1 and first:
+        return 1
+    return min(order, 2) if index == steps - 2 and second else order
+
+
+class DPMSolverScheduler(LambdaScheduler):
+    """What the faces of DPM-Solver share: their options, and model outputs as data or as noise."""
+
+    _clips_lambda = True
+
+    def _check_options(self, algorithms: tuple[str, ...]) -> None:
+        c = self.config
+        if c.algorithm_type == "deis":  # a configuration of DEIS
+            self.register_to_config(algorithm_type="dpmsolver++")
+        one_of("algorithm_type", self.config.algorithm_type, algorithms)
+        if c.solver_type in ("logrho", "bh1", "bh2"):  # of DEIS and UniPC
+            self.register_to_config(solver_type="midpoint")
+        one_of("solver_type", self.config.solver_type, ("midpoint", "heun"))
+        one_of("solver_order", c.solver_order, (1, 2, 3))
+        algorithm = self.config.algorithm_type
+        if c.get("final_sigmas_type") == "zero" and not algorithm.endswith("++"):
+            raise ValueError(
+                f"final_sigmas_type='zero' and algorithm_type={algorithm!r} contradict each other (its last step "
+                "divides by it): set final_sigmas_type='sigma_min', or take 'dpmsolver++'"
+            )
+        if algorithm == "sde-dpmsolver" and c.solver_order == 3:
+            raise ValueError("algorithm_type='sde-dpmsolver' has no third order: set solver_order to 1 or 2")
+        if c.prediction_type == "flow_prediction" and not algorithm.endswith("++"):
+            raise ValueError(
+                f"prediction_type='flow_prediction' is nothing algorithm_type={algorithm!r} can do; take 'dpmsolver++'"
+            )
+
+    def _convert(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
+        c = self.config
+        if c["prediction_type"] == "epsilon" and c["variance_type"] in ("learned", "learned_range"):
+            model_output = model_output[:, : sample.shape[1]]
+        self._check_shapes(model_output, sample)
+        convert = self._x0 if c["algorithm_type"].endswith("++") else self._eps
+        return convert(model_output, sample, level)
+
+    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
+        """The denoised estimate (or the noise, as the algorithm needs) at the current step; shaped as ``sample``."""
+        assert self._step_index is not None
+        return self._convert(model_output, sample, self._grid[self._step_index])
+
+    def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
+        learned = self.config["variance_type"] in ("learned", "learned_range")
+        if not (learned and model_output.shape[1] == 2 * sample.shape[1]):
+            super()._check_shapes(model_output, sample)
+
+
+class DPMSolverMultistepScheduler(DPMSolverScheduler):
+    """Lu et al. (2022), "DPM-Solver++", algorithm 2 (2M), its third order, and their SDE variants."""
+
+    _compatibles = KARRAS_COMPATIBLES
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Array | list[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        self._check_options(ALGORITHMS)
+        self._train()
+
+    def _rounds_karras(self) -> bool:
+        return bool(self.config.beta_schedule != "squaredcos_cap_v2")
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Begin a run of ``num_inference_steps`` steps, or over descending ``timesteps``; ``mu`` shifts flow levels."""
+        exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        self._shift_by(mu)
+        levels, times = self._levels(num_inference_steps or len(timesteps or ()), timesteps)
+        self._launch(levels, self._last_sigma(), times, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One multistep step; shapes ``(B, C, …)``; ``variance_noise`` replaces the noise of the SDE variants.
+
+        Raises:
+            ValueError: no run, or shapes that differ.
+        """
+        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
+        dtype = model_output.dtype
+        self._remember(self._convert(model_output, sample, grid[i]))
+        lower = c["lower_order_final"] and len(self.timesteps) < 15
+        first = c["euler_at_final"] or lower or c.get("final_sigmas_type") == "zero"
+        order = multistep_order(c["solver_order"], self.lower_order_nums, i, len(self.timesteps), first, lower)
+        levels = [grid[i + 1], *(grid[i - k] for k in range(order))]
+        a, b, noise_scale = multistep(c["algorithm_type"], c["solver_type"], levels, order)
+        prev_sample = combine((a, upcast(sample)), *self._outputs(b))
+        if c["algorithm_type"].startswith("sde"):
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator, sample.device, prev_sample.dtype)
+            prev_sample.add_(variance_noise.to(prev_sample), alpha=noise_scale)
+        self.lower_order_nums = min(self.lower_order_nums + 1, c["solver_order"])
+        self._advance()
+        prev_sample = prev_sample.to(dtype)
+        return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
