@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.random import Generators
-from .latents import decode_to_pixels
+from .latents import decode_to_pixels, unpack
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -24,6 +24,8 @@ def decode(
     latents: Tensor,
     image_processor: Any,
     device: torch.device,
+    height: int,
+    width: int,
     output_type: str = "pil",
     generator: Generators = None,
     image: Tensor | None = None,
@@ -32,7 +34,8 @@ def decode(
     """Latents to pictures (PIL, numpy (B, H, W, 3), torch (B, 3, H, W) in 0..1), or latents as they are."""
     if output_type == "latent":
         return {"images": latents, "nsfw_content_detected": None}
-    vae = components.get("vae")
+    vae, f = components.get("vae"), family.latent_format(components)
+    latents = unpack(latents, family.packing, height // f.downscale, width // f.downscale)
     condition = {}
     if mask_pixels is not None and getattr(vae, "takes_mask", False):
         condition = {"image": image.to(device, vae.dtype), "mask": mask_pixels.to(device, vae.dtype)}  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ def denoise(
     guider: Any = None,
     blend: Any = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
     use_clipped_model_output: bool | None = None,
 ) -> Iterator[Step]:
     """Go from noise to latents: per step scale the input, predict each branch, guide, step, blend.
@@ -35,13 +36,13 @@ def denoise(
     """
     model = components[family.denoiser]
     options = step_options(scheduler, eta=eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
-    guider = guider or ClassifierFree(guidance_scale, guidance_rescale)
-    state.update({"guider": guider})
-    predictor = Predictor(family.call, model, state, cross_attention_kwargs)
+    state.guider = guider or ClassifierFree(guidance_scale, guidance_rescale)
+    scale_input = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs)
     assert state.latents is not None and state.conds is not None
     for index, t in enumerate(timesteps):
-        x = scheduler.scale_model_input(state.latents, t)
-        prediction = guider(predictor.at(x, t), state.conds)
+        predict = predictor.at(scale_input(state.latents, t), t)
+        prediction = state.guider(predict, state.conds, index / len(timesteps))
         stepped = scheduler.step(prediction, t, state.latents, **options, return_dict=False)
         state.latents = stepped[0]
         state.denoised = stepped[1] if len(stepped) > 1 else None
@@ -53,29 +54,36 @@ def denoise(
 
 
 class Predictor:
-    """Evaluates the network for some branches at once, as one batch."""
+    """Evaluates the network for some branches, as one batch or (``family.one_by_one``) in turn."""
 
-    def __init__(self, call: Any, model: Any, state: State, attention: dict[str, Any] | None) -> None:
-        self.call, self.model, self.state, self.attention = call, model, state, attention
+    def __init__(self, family: Any, model: Any, state: State, attention: dict[str, Any] | None) -> None:
+        self.family, self.model, self.state, self.attention = family, model, state, attention
         self._batched: tuple[tuple[Cond, ...], Cond] | None = None
 
     def at(self, x: Tensor, t: Tensor) -> Any:
-        """The predictions at ``x``, ``t`` as a function of the branches."""
-        return lambda conds: self.predict(x, t, conds)
+        """The predictions at ``x``, ``t`` as a function of the branches and of changes to the input."""
 
-    def predict(self, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Sequence[Tensor]:
+        def predict(conds: Sequence[Cond], **changes: Any) -> Sequence[Tensor]:
+            if self.family.one_by_one:
+                return [self._evaluate(x, t, [cond], changes) for cond in conds]
+            prediction = self._evaluate(x, t, conds, changes)
+            return (prediction,) if len(conds) == 1 else prediction.chunk(len(conds))
+
+        return predict
+
+    def _evaluate(self, x: Tensor, t: Tensor, conds: Sequence[Cond], changes: dict[str, Any]) -> Tensor:
         n, state = len(conds), self.state
         inputs = ModelInput(
             x=_tile(x, n),
             t=t,
-            cond=self._cat(conds),
+            cond=conds[0] if n == 1 else self._cat(conds),
             channels=_tile(state.channels, n),
             tokens=_tile(state.tokens, n),
             guidance=_tile(state.guidance, n),
+            positions=state.positions or {},
             attention=self.attention,
         )
-        prediction = self.call(self.model, inputs)
-        return (prediction,) if n == 1 else prediction.chunk(n)
+        return self.family.call(self.model, inputs.replace(**changes) if changes else inputs)  # type: ignore[no-any-return]
 
     def _cat(self, conds: Sequence[Cond]) -> Cond:
         """The branches as one batch; made again only when one of them was replaced."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.types import Cond
 
-Predict = Callable[[Sequence[Cond]], Sequence[Tensor]]
+Predict = Callable[..., Sequence[Tensor]]  # (branches, **changes to the ModelInput) -> a prediction each
 
 
 @dataclass
@@ -19,8 +19,11 @@ class ClassifierFree:
     scale: float
     rescale: float = 0.0
 
-    def __call__(self, predict: Predict, conds: dict[str, Cond]) -> Tensor:
-        """Predict each branch and combine: ``negative + scale * (positive - negative)``."""
+    def __call__(self, predict: Predict, conds: dict[str, Cond], progress: float = 0.0) -> Tensor:
+        """Predict each branch and combine: ``negative + scale * (positive - negative)``.
+
+        ``progress`` is the part of the steps that is done, in 0..1.
+        """
         if "negative" not in conds:
             return predict([conds["positive"]])[0]
         negative, positive = predict([conds["negative"], conds["positive"]])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..core.random import Generators, randn_tensor
 from ..core.types import Cond
-from .latents import check_generators, dtype_of, encode_pixels, match_batch, noise_like_run
+from .latents import check_generators, dtype_of, encode_pixels, match_batch, noise_like_run, pack
+from .timesteps import first_sigma, noised
 
 
 def read_image_and_mask(
@@ -52,21 +53,22 @@ def start_inside_mask(
     """Start latents of inpainting: noise at full strength, else the picture with noise added."""
     dtype = dtype_of(conds, components[family.denoiser].dtype)
     check_generators(generator, batch)
-    known = image_latents_of(family, components, image, batch, generator, device, dtype) if _needs_image(
-        family, components, latents, strength
-    ) else None
+    known, side = None, family.packing
+    if _needs_image(family, components, latents, strength):
+        known = image_latents_of(family, components, image, batch, generator, device, dtype)
+        known = pack(known, side)
     given, noise = latents, latents
     if noise is None:
-        noise = noise_like_run(family, components, batch, height, width, generator, device, dtype)
+        noise = pack(noise_like_run(family, components, batch, height, width, generator, device, dtype), side)
     noise = noise.to(device)
     if denoising_start is not None:
         assert known is not None
         latents = known
     elif given is not None or strength == 1.0:
-        latents = noise * scheduler.init_noise_sigma
+        latents = noise * first_sigma(scheduler)
     else:
         assert known is not None
-        latents = scheduler.add_noise(known, noise, timesteps[:1].repeat(batch))
+        latents = noised(scheduler, known, noise, timesteps[:1].repeat(batch))
     return {"latents": latents, "noise": noise, "image_latents": known}
 
 
@@ -81,7 +83,7 @@ def paints_by_channels(family: Any, components: Any) -> bool:
         ValueError: it has extra channels, but not as many as those need.
     """
     c = family.latent_format(components).channels
-    has = family.model_channels(components)
+    has = family.model_channels(components) // family.packing**2
     if has == c:
         return False
     if has != c + 1 + c:
@@ -109,6 +111,8 @@ def apply_mask(
     scheduler: Any,
     device: torch.device,
     batch: int,
+    height: int,
+    width: int,
     image: Tensor,
     mask_pixels: Tensor,
     latents: Tensor,
@@ -118,12 +122,15 @@ def apply_mask(
     generator: Generators = None,
 ) -> dict[str, Any]:
     """The mask at latent size, and how it acts: as input channels or as a blend after each step."""
-    dtype = latents.dtype
-    mask = torch.nn.functional.interpolate(mask_pixels, size=latents.shape[-2:]).to(device=device, dtype=dtype)
+    dtype, f, side = latents.dtype, family.latent_format(components), family.packing
+    size = (height // f.downscale, width // f.downscale)
+    mask = torch.nn.functional.interpolate(mask_pixels, size=size).to(device=device, dtype=dtype)
     mask = match_batch(mask, batch, "masks")
     if not paints_by_channels(family, components):
-        _skip_posterior_noise(components.get("vae"), image, latents, generator)
+        _skip_posterior_noise(components.get("vae"), image, (f.channels, *size), device, generator)
         assert image_latents is not None
+        if side > 1:
+            mask = pack(mask.repeat(1, f.channels, 1, 1), side)
         return {"mask": mask, "blend": _blend(scheduler, mask, image_latents, noise)}
     if masked_image_latents is None:
         masked = image * (mask_pixels < 0.5)
@@ -139,23 +146,24 @@ def _blend(scheduler: Any, mask: Tensor, known: Tensor, noise: Tensor) -> Callab
     def blend(latents: Tensor, index: int, timesteps: Tensor) -> Tensor:
         outside = known
         if index < len(timesteps) - 1:
-            outside = scheduler.add_noise(known, noise, timesteps[index + 1 : index + 2])
+            outside = noised(scheduler, known, noise, timesteps[index + 1 : index + 2])
         return (1 - mask) * outside + mask * latents
 
     return blend
 
 
-def _skip_posterior_noise(vae: Any, image: Tensor, latents: Tensor, generator: Generators) -> None:
+def _skip_posterior_noise(
+    vae: Any, image: Tensor, size: tuple[int, int, int], device: torch.device, generator: Generators
+) -> None:
     """Draw the noise that encoding the masked picture would draw, so that seeds mean the same as elsewhere.
 
     The ecosystem encodes the masked picture even when the network has no channels for it; the
     result is unused, but a stochastic scheduler goes on with the generator's next numbers.
     """
-    if generator is None or not hasattr(vae, "quant_conv") or image.shape[1] == latents.shape[1]:
+    if generator is None or not hasattr(vae, "quant_conv") or image.shape[1] == size[0]:
         return
-    shape = (1, *latents.shape[1:])
     if isinstance(generator, (list, tuple)):
         for g in generator[: image.shape[0]]:
-            randn_tensor(shape, generator=g, device=latents.device, dtype=vae.dtype)
+            randn_tensor((1, *size), generator=g, device=device, dtype=vae.dtype)
     else:
-        randn_tensor((image.shape[0], *shape[1:]), generator=generator, device=latents.device, dtype=vae.dtype)
+        randn_tensor((image.shape[0], *size), generator=generator, device=device, dtype=vae.dtype)

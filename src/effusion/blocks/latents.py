@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.random import Generators, randn_tensor
 from ..core.types import Cond, LatentFormat
+from .timesteps import first_sigma, noised
 
 
 def vae_format(vae: Any) -> LatentFormat:
@@ -87,6 +88,24 @@ def _decoder_generator(vae: Any, generator: Generators) -> dict[str, Any]:
     return {"generator": generator} if generator is not None else {}
 
 
+def pack(z: Tensor, side: int) -> Tensor:
+    """Squares of ``side`` x ``side`` latents as tokens: (B, C, h, w) -> (B, h w / side^2, C side^2)."""
+    if side == 1:
+        return z
+    b, c, h, w = z.shape
+    z = z.view(b, c, h // side, side, w // side, side).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(b, (h // side) * (w // side), c * side * side)
+
+
+def unpack(x: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Tokens back to latents of ``height`` x ``width``: (B, L, C side^2) -> (B, C, h, w)."""
+    if side == 1:
+        return x
+    b, _, d = x.shape
+    x = x.view(b, height // side, width // side, d // side**2, side, side).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, d // side**2, height, width)
+
+
 def dtype_of(conds: dict[str, Cond] | None, default: torch.dtype) -> torch.dtype:
     """The dtype that latents have: that of the conditioning."""
     tokens = conds["positive"].tokens if conds else None
@@ -135,8 +154,9 @@ def start_from_noise(
     dtype = dtype_of(conds, components[family.denoiser].dtype)
     check_generators(generator, batch)
     if latents is None:
-        latents = noise_like_run(family, components, batch, height, width, generator, device, dtype)
-    return {"latents": latents.to(device) * scheduler.init_noise_sigma}
+        noise = noise_like_run(family, components, batch, height, width, generator, device, dtype)
+        latents = pack(noise, family.packing)
+    return {"latents": latents.to(device=device, dtype=dtype) * first_sigma(scheduler)}
 
 
 def start_from_image(
@@ -148,6 +168,7 @@ def start_from_image(
     image: Tensor,
     timesteps: Tensor,
     conds: dict[str, Cond] | None = None,
+    latents: Tensor | None = None,
     generator: Generators = None,
     denoising_start: float | None = None,
 ) -> dict[str, Any]:
@@ -158,16 +179,19 @@ def start_from_image(
     """
     dtype = dtype_of(conds, components[family.denoiser].dtype)
     check_generators(generator, batch)
+    if latents is not None:
+        return {"latents": latents.to(device=device, dtype=dtype)}
     image = image.to(device=device, dtype=dtype)
     vae = components.get("vae")
     if image.shape[1] == family.latent_format(components).channels and vae is not None:
-        latents = image
+        clean = image
     else:
         source = match_batch(image, batch, "images") if isinstance(generator, (list, tuple)) else image
-        latents = encode_pixels(family, vae, source, generator)
-    latents = match_batch(latents, batch, "images")
+        clean = encode_pixels(family, vae, source, generator)
+    clean = match_batch(clean, batch, "images")
     if denoising_start is not None:
-        return {"latents": latents, "image_latents": latents}
-    noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
-    noisy = scheduler.add_noise(latents, noise, timesteps[:1].repeat(batch))
-    return {"latents": noisy, "image_latents": latents, "noise": noise}
+        return {"latents": clean, "image_latents": clean}
+    noise = randn_tensor(clean.shape, generator=generator, device=device, dtype=dtype)
+    noisy = noised(scheduler, clean, noise, timesteps[:1].repeat(batch))
+    noisy, clean, noise = (pack(x, family.packing) for x in (noisy, clean, noise))
+    return {"latents": noisy, "image_latents": clean, "noise": noise}

@@ -42,6 +42,18 @@ def retrieve_timesteps(
     return scheduler.timesteps, num_inference_steps
 
 
+def noised(scheduler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """``clean`` at the noise level of ``timestep`` (B,); diffusion and flow-matching schedulers name it differently."""
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(clean, timestep, noise)  # type: ignore[no-any-return]
+    return scheduler.add_noise(clean, noise, timestep)  # type: ignore[no-any-return]
+
+
+def first_sigma(scheduler: Any) -> Any:
+    """What fresh noise is multiplied with; flow matching starts from plain noise."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
 def check_strength(strength: float) -> None:
     if not 0 <= strength <= 1:
         raise ValueError(f"`strength` has to be between 0 and 1, got {strength}")
@@ -49,8 +61,10 @@ def check_strength(strength: float) -> None:
 
 def start_at_strength(scheduler: Any, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
     """The last ``strength`` part of the schedule (SDEdit, Meng et al. 2021), and how many steps it has."""
-    kept = min(int(num_inference_steps * strength), num_inference_steps)
-    start = max(num_inference_steps - kept, 0) * scheduler.order
+    kept = num_inference_steps * strength
+    # Diffusion schedulers round the part that is run down, flow-matching ones the part that is skipped.
+    kept = kept if hasattr(scheduler, "scale_noise") else int(kept)
+    start = int(max(num_inference_steps - kept, 0)) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     return scheduler.timesteps[start:], num_inference_steps - start // scheduler.order

@@ -18,6 +18,7 @@ from ..blocks.timesteps import end_at_fraction, retrieve_timesteps, start_at_fra
 from ..core.errors import UnsupportedTask
 from ..core.types import LatentFormat, ModelInput
 
+_Rows = list[tuple[str, engine.BlockFunction]]
 TASKS = ("text2image", "image2image", "inpaint")
 
 
@@ -35,6 +36,10 @@ class Family:
         schedule: block that sets the timesteps.
         defaults: task -> defaults of the call that differ from the blocks' own.
         upcast_vae: whether a half-precision VAE that says ``force_upcast`` is run in float32.
+        packing: side of the square of latents that makes one token; 1 for networks on latents themselves.
+        one_by_one: whether guidance branches are evaluated in turn instead of as one batch.
+        resizes_image: whether image2image brings the picture to ``height`` x ``width``.
+        starts: task -> the blocks from the picture to the start latents, for tasks beyond the standard ones.
         tasks: those that its ports allow.
         edit: last word on a task's list of blocks.
     """
@@ -48,6 +53,10 @@ class Family:
     schedule: engine.BlockFunction = field(default_factory=lambda: set_timesteps)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     upcast_vae: bool = False
+    packing: int = 1
+    one_by_one: bool = False
+    resizes_image: bool = False
+    starts: Mapping[str, Callable[[Family], _Rows]] = field(default_factory=dict)
     tasks: tuple[str, ...] = TASKS
     edit: Callable[[engine.BlockList, str], None] | None = None
 
@@ -60,7 +69,7 @@ class Family:
         if task not in self.tasks:
             raise UnsupportedTask(f"{self.name} can't do {task}; it can do {', '.join(self.tasks)}")
         rows: list[tuple[str, engine.BlockFunction]] = [("check", self.check), ("encode", self.encode)]
-        rows += _START[task](self)
+        rows += {**_START, **self.starts}[task](self)
         if self.condition is not None:
             rows.append(("condition", self.condition))
         rows += [("denoise", denoise.denoise), ("decode", decode.decode)]
@@ -134,15 +143,18 @@ def set_timesteps(
     return {"timesteps": all_steps, "num_inference_steps": count}
 
 
-def read_image(image: Any, image_processor: Any) -> dict[str, Any]:
-    """The caller's picture as pixels in [-1, 1]; (B, 3, H, W). The run has the picture's size."""
+def read_image(
+    family: Family, image: Any, image_processor: Any, height: int | None = None, width: int | None = None
+) -> dict[str, Any]:
+    """The caller's picture as pixels in [-1, 1]; (B, 3, H, W). The run has the picture's size, or gives it its own."""
     if image is None:
         raise ValueError("`image` is missing: image2image needs a picture, a tensor, or a list of them")
+    if family.resizes_image:
+        return {"image": image_processor.preprocess(image, height=height, width=width).to(torch.float32)}
     pixels = image_processor.preprocess(image)
     return {"image": pixels, "height": pixels.shape[-2], "width": pixels.shape[-1]}
 
 
-_Rows = list[tuple[str, engine.BlockFunction]]
 _START: dict[str, Callable[[Family], _Rows]] = {
     "text2image": lambda f: [("set_timesteps", f.schedule), ("start", latents.start_from_noise)],
     "image2image": lambda f: [

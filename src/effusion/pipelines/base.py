@@ -194,7 +194,8 @@ class DiffusionPipeline(ConfigMixin):
 
     def _processor(self, **options: Any) -> VaeImageProcessor:
         f = self.family.latent_format(self.components)
-        return VaeImageProcessor(vae_scale_factor=f.downscale, vae_latent_channels=f.channels, **options)
+        factor = f.downscale * self.family.packing
+        return VaeImageProcessor(vae_scale_factor=factor, vae_latent_channels=f.channels, **options)
 
     def _context(self) -> dict[str, Any]:
         """What blocks may ask for besides the state."""
@@ -264,7 +265,7 @@ class DiffusionPipeline(ConfigMixin):
 
     def _sync_guidance(self, state: State) -> None:
         """A callback may have set ``pipe._guidance_scale``: the rest of the run follows it."""
-        scale, guider = self._guidance_scale, state.get("guider")
+        scale, guider = self._guidance_scale, state.guider
         if scale is None or not hasattr(guider, "scale") or guider.scale == scale:
             return
         guider.scale = scale
