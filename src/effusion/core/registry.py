@@ -29,6 +29,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.auto_model": ("AutoModel",),
     "effusion.models.base": ("ModelMixin",),
     "effusion.models.autoencoder_kl": ("AutoencoderKL",),
+    "effusion.models.autoencoder_kl_qwenimage": ("AutoencoderKLQwenImage",),
     "effusion.models.unet_2d_condition": ("UNet2DConditionModel",),
     "effusion.models.transformer_flux": ("FluxTransformer2DModel",),
     "effusion.models.transformer_qwenimage": ("QwenImageTransformer2DModel",),

@@ -1,4 +1,4 @@
-"""Qwen-Image (Wu et al., 2025): a two-stream rectified-flow transformer, with tokens of reference images for editing."""
+"""Qwen-Image (Wu et al., 2025): a two-stream rectified-flow transformer, for making images and editing them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class QwenTimestepProjEmbeddings(nn.Module):
             return time
         if addition_t_cond is None:
             raise ValueError("this network is built with `use_additional_t_cond`: pass `additional_t_cond`, (B,)")
-        return time + self.addition_t_embedding(addition_t_cond).to(dtype)
+        return time + self.addition_t_embedding(addition_t_cond).to(dtype)  # type: ignore[no-any-return]
 
 
 class QwenRotary(nn.Module):
@@ -81,6 +81,15 @@ class QwenRotary(nn.Module):
 
 class QwenImageTransformerBlock(nn.Module):
     """Two streams, image and text, each with modulation and feed-forward of its own, and one attention over both."""
+
+    img_mod: nn.Sequential
+    txt_mod: nn.Sequential
+    img_norm1: nn.LayerNorm
+    txt_norm1: nn.LayerNorm
+    img_norm2: nn.LayerNorm
+    txt_norm2: nn.LayerNorm
+    img_mlp: FeedForward
+    txt_mlp: FeedForward
 
     def __init__(
         self, dim: int, num_attention_heads: int, attention_head_dim: int, eps: float = 1e-6, zero_cond_t: bool = False

@@ -20,26 +20,30 @@ def blend(a: Tensor, b: Tensor, extent: int, dim: int) -> Tensor:
     return torch.cat([faded, b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)
 
 
-def tiled(x: Tensor, run: Callable[[Tensor], Tensor], size: int, stride: int, extent: int, limit: int) -> Tensor:
-    """``run`` on overlapping squares of ``x``, blended and put together.
+Side = int | tuple[int, int]  # the same in both directions, or (vertically, horizontally)
+
+
+def tiled(x: Tensor, run: Callable[[Tensor], Tensor], size: Side, stride: Side, extent: Side, limit: Side) -> Tensor:
+    """``run`` on overlapping rectangles of ``x``, blended and put together.
 
     Args:
         x: ``(…, H, W)``.
-        size, stride: side of a square and distance of two, in pixels of ``x``.
+        size, stride: sides of a rectangle and distance of two, in pixels of ``x``.
         extent, limit: rows that are blended and rows that a tile contributes, in pixels of the result.
     """
     height, width = x.shape[-2:]
+    size, stride, extent, limit = ((v, v) if isinstance(v, int) else v for v in (size, stride, extent, limit))
     above: list[Tensor] = []
     rows = []
-    for i in range(0, height, stride):
+    for i in range(0, height, stride[0]):
         tiles: list[Tensor] = []
-        for j in range(0, width, stride):
-            tile = run(x[..., i : i + size, j : j + size])
+        for j in range(0, width, stride[1]):
+            tile = run(x[..., i : i + size[0], j : j + size[1]])
             if above:
-                tile = blend(above[len(tiles)], tile, extent, -2)
+                tile = blend(above[len(tiles)], tile, extent[0], -2)
             if tiles:
-                tile = blend(tiles[-1], tile, extent, -1)
+                tile = blend(tiles[-1], tile, extent[1], -1)
             tiles.append(tile)
-        rows.append(torch.cat([t[..., :limit, :limit] for t in tiles], dim=-1))
+        rows.append(torch.cat([t[..., : limit[0], : limit[1]] for t in tiles], dim=-1))
         above = tiles
     return torch.cat(rows, dim=-2)
