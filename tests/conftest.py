@@ -10,3 +10,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 _source = str(Path(__file__).parents[1] / "src")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_source, os.environ.get("PYTHONPATH", "")]))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def _hub_session():  # type: ignore[no-untyped-def]
+    from hub_server import HubServer
+
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(_hub_session, tmp_path):  # type: ignore[no-untyped-def]
+    """A hub on the loopback (see ``hub_server``) that ``huggingface_hub`` asks, with an empty cache."""
+    _hub_session.repos.clear()
+    _hub_session.requests.clear()
+    _hub_session.faults.clear()
+    with _hub_session.in_process(tmp_path / "hub-cache") as server:
+        yield server

@@ -212,8 +212,8 @@ def _hub_errors(repo: str, inside: str, revision: str | None) -> Iterator[None]:
 
 def _transport_errors() -> tuple[type[Exception], ...]:
     """What the HTTP client behind ``huggingface_hub`` raises beside ``OSError``, if it is loaded."""
-    client = sys.modules.get("httpx")
-    return (client.HTTPError,) if client is not None else ()
+    clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return tuple(client.HTTPError for client in clients if client is not None)
 
 
 def commit_of(path: Path) -> str | None:
