@@ -79,7 +79,7 @@ def test_old_keys_are_named() -> None:
     ours = AutoencoderKL(**TINY)
     old = {}
     for key, value in ours.state_dict().items():
-        for was, now in ours._legacy_key_parts.items():
+        for was, now in ours._legacy_keys.items():
             key = key.replace(now, was)
         old[key] = value
     assert any(".proj_attn." in key for key in old)
@@ -130,7 +130,7 @@ def test_distribution() -> None:
 
 
 def test_unknown_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="UpBlock.*AttnUpDecoderBlock2D"):
+    with pytest.raises(ValueError, match=r"UpBlock.*AttnUpDecoderBlock2D"):
         AutoencoderKL(up_block_types=("UpBlock",))
     with pytest.raises(ValueError, match="equally long"):
         AutoencoderKL(block_out_channels=(8, 16))

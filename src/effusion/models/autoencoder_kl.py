@@ -59,7 +59,7 @@ class AutoencoderKL(SlicingMixin, AttentionMixin, ModelMixin):
     _skip_layerwise_casting_patterns: list[str] | None = None
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
     # parts of keys in files saved before 2023 -> what they are called now
-    _legacy_key_parts = {
+    _legacy_keys = {
         ".query.": ".to_q.",
         ".key.": ".to_k.",
         ".value.": ".to_v.",

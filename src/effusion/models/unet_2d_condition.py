@@ -16,7 +16,7 @@ from ..nn.attention import AttentionMixin
 from ..nn.conditioning import ConditioningMixin
 from ..nn.feed_forward import activation
 from ..nn.freeu import FreeU
-from ..nn.unet_blocks import DOWN, MID, UP, Settings, UNetMidBlock2D, find_block
+from ..nn.unet_blocks import MID, Settings, UNetMidBlock2D, build_down, build_up, find_block
 from .base import ModelMixin
 
 
@@ -182,29 +182,19 @@ class UNet2DConditionModel(ConditioningMixin, AttentionMixin, ModelMixin):
             )
             for i in range(n)
         ]
-        self._build_down(down_block_types, block_out_channels, layers, own)
+        self.down_blocks = build_down(down_block_types, block_out_channels, layers, own)
+        up_depths = reverse_transformer_layers_per_block or depths[::-1]
+        # attention_head_dim of attention without transformers is by custom not reversed
+        up_own = [replace(own[n - 1 - i], depth=up_depths[i], head_dim=head_dims[i]) for i in range(n)]
+        self.up_blocks = build_up(up_block_types, block_out_channels, layers, up_own)
         mid = replace(
             own[-1], output_scale_factor=mid_block_scale_factor, only_cross_attention=mid_block_only_cross_attention
         )
         self._build_mid(mid_block_type, block_out_channels[-1], mid)
-        up_depths = reverse_transformer_layers_per_block or depths[::-1]
-        # attention_head_dim of attention without transformers is by custom not reversed
-        up_own = [replace(own[n - 1 - i], depth=up_depths[i], head_dim=head_dims[i]) for i in range(n)]
-        self._build_up(up_block_types, block_out_channels, layers, up_own)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
         self.conv_act = activation(act_fn)
         self.conv_out = nn.Conv2d(
             block_out_channels[0], out_channels, conv_out_kernel, padding=(conv_out_kernel - 1) // 2
-        )
-
-    def _build_down(
-        self, types: Sequence[str], widths: Sequence[int], layers: Sequence[int], settings: Sequence[Settings]
-    ) -> None:
-        self.down_blocks = nn.ModuleList(
-            find_block(DOWN, kind, "down_block_types")(
-                widths[max(i - 1, 0)], widths[i], layers[i], settings[i], add_downsample=i < len(types) - 1
-            )
-            for i, kind in enumerate(types)
         )
 
     def _build_mid(self, kind: str | None, width: int, settings: Settings) -> None:
@@ -217,23 +207,6 @@ class UNet2DConditionModel(ConditioningMixin, AttentionMixin, ModelMixin):
                 # a transformer in the middle looks at the input first, whatever the others do
                 only = settings.only_cross_attention and block.attention_kind == "added_kv"
                 self.mid_block = block(width, replace(settings, only_cross_attention=only))
-
-    def _build_up(
-        self, types: Sequence[str], widths: Sequence[int], layers: Sequence[int], settings: Sequence[Settings]
-    ) -> None:
-        n, back = len(types), widths[::-1]
-        self.up_blocks = nn.ModuleList(
-            find_block(UP, kind, "up_block_types")(
-                back[min(i + 1, n - 1)],
-                back[max(i - 1, 0)],
-                back[i],
-                layers[n - 1 - i] + 1,
-                settings[i],
-                add_upsample=i < n - 1,
-                resolution_idx=i,
-            )
-            for i, kind in enumerate(types)
-        )
 
     # -- switches ----------------------------------------------------------------------------------
 

@@ -82,8 +82,11 @@ class Attention(nn.Module):
         self.spatial_norm = None
         self.group_norm = nn.GroupNorm(norm_num_groups, query_dim, eps=eps) if norm_num_groups is not None else None
         self.norm_q, self.norm_k = _head_norm(qk_norm, dim_head, eps), _head_norm(qk_norm, dim_head, eps)
-        context_dim = added_kv_proj_dim or self.cross_attention_dim
-        self.norm_cross = _context_norm(cross_attention_norm, context_dim, cross_attention_norm_num_groups)
+        # the layer norm of published networks is as wide as the queries, the group norm as the context
+        context_dim = added_kv_proj_dim if cross_attention_norm == "group_norm" else None
+        self.norm_cross = _context_norm(
+            cross_attention_norm, context_dim or self.cross_attention_dim, cross_attention_norm_num_groups
+        )
         self.to_q = nn.Linear(query_dim, self.inner_dim, bias=bias)
         if not only_cross_attention:
             self.to_k = nn.Linear(self.cross_attention_dim, self.inner_kv_dim, bias=bias)
@@ -121,7 +124,11 @@ class Attention(nn.Module):
         """
         if slice_size is not None and slice_size > self.sliceable_head_dim:
             raise ValueError(f"slice_size {slice_size} is more than the {self.sliceable_head_dim} heads there are")
-        self.set_processor(self.default_processor() if slice_size is None else SlicedAttnProcessor(slice_size))
+        if slice_size is None:
+            self.set_processor(self.default_processor())
+        else:
+            added = self.added_kv_proj_dim is not None
+            self.set_processor((SlicedAttnAddedKVProcessor if added else SlicedAttnProcessor)(slice_size))
 
     def forward(
         self,
@@ -338,6 +345,10 @@ class AttnAddedKVProcessor2_0(AttnProcessor2_0):
 
 class AttnAddedKVProcessor(AttnAddedKVProcessor2_0, AttnProcessor):
     """Plain arithmetic for modules with ``added_kv_proj_dim``."""
+
+
+class SlicedAttnAddedKVProcessor(AttnAddedKVProcessor2_0, SlicedAttnProcessor):
+    """Slices for modules with ``added_kv_proj_dim``."""
 
 
 # -- models ------------------------------------------------------------------------------------------

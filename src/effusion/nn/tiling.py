@@ -47,3 +47,31 @@ def tiled(x: Tensor, run: Callable[[Tensor], Tensor], size: Side, stride: Side, 
         rows.append(torch.cat([t[..., : limit[0], : limit[1]] for t in tiles], dim=-1))
         above = tiles
     return torch.cat(rows, dim=-2)
+
+
+def overlaid(x: Tensor, run: Callable[[Tensor], Tensor], size: int, overlap: int, scale: float) -> Tensor:
+    """``run`` on overlapping squares of ``x``, each faded in over what is there already.
+
+    Args:
+        x: ``(…, H, W)``.
+        size, overlap: side of a square and of what it shares with the next one, in pixels of ``x``.
+        scale: side of the result over side of ``x``.
+    """
+    height, width = x.shape[-2:]
+    ramp = torch.arange(round(size * scale), device=x.device) / (overlap * scale - 1)
+    ramp = ramp.clamp(0, 1).to(x.dtype)
+    out: Tensor | None = None
+    for i in range(0, height, size - overlap):
+        for j in range(0, width, size - overlap):
+            tile = run(x[..., i : i + size, j : j + size])
+            h, w = tile.shape[-2:]
+            if out is None:
+                out = tile.new_zeros(*tile.shape[:-2], int(height * scale), int(width * scale))
+            top, left = int(i * scale), int(j * scale)
+            share = torch.ones_like(tile[0, 0])
+            share = share * ramp[:h, None] if i else share
+            share = share * ramp[None, :w] if j else share
+            place = out[..., top : top + h, left : left + w]
+            place.copy_(share * tile + (1 - share) * place)
+    assert out is not None
+    return out

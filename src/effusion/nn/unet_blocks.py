@@ -50,7 +50,7 @@ class Settings:
     only_cross_attention: bool = False
     upcast_attention: bool = False
     downsample_padding: int = 1
-    sampler: str | None = None  # "conv" or "resnet", where the kind of block leaves the choice
+    sampler: str = "conv"  # or "resnet", where the kind of block leaves the choice
 
     def resnet(self, in_channels: int, out_channels: int, **kwargs: Any) -> ResnetBlock2D:
         return ResnetBlock2D(
@@ -171,7 +171,7 @@ class DownBlock(UNetBlock):
         add_downsample: bool = True,
     ) -> None:
         super().__init__()
-        kind = settings.sampler or self.sampler_kind
+        kind = settings.sampler if self.attention_kind == "self" else self.sampler_kind
         settings = settings if self.sampler_kind == "resnet" else replace(settings, **_PLAIN)
         widths = [(in_channels if i == 0 else out_channels, out_channels) for i in range(num_layers)]
         self._build(settings, widths)
@@ -307,7 +307,7 @@ class UpBlock(UNetBlock):
         resolution_idx: int | None = None,
     ) -> None:
         super().__init__()
-        kind = settings.sampler or self.sampler_kind
+        kind = settings.sampler if self.attention_kind == "self" else self.sampler_kind
         settings = settings if self.sampler_kind == "resnet" else replace(settings, **_PLAIN)
         widths = []
         for i in range(num_layers):
@@ -408,3 +408,34 @@ def find_block(table: dict[str, type[Any]], name: str, option: str) -> type[Any]
     if short not in table:
         raise ValueError(f"{option} {name!r} is not supported; there are {', '.join(table)}")
     return table[short]
+
+
+def build_down(
+    types: Sequence[str], widths: Sequence[int], layers: Sequence[int], settings: Sequence[Settings]
+) -> nn.ModuleList:
+    """The encoder's side: one block for each entry, all but the last halve height and width."""
+    return nn.ModuleList(
+        find_block(DOWN, kind, "down_block_types")(
+            widths[max(i - 1, 0)], widths[i], layers[i], settings[i], add_downsample=i < len(types) - 1
+        )
+        for i, kind in enumerate(types)
+    )
+
+
+def build_up(
+    types: Sequence[str], widths: Sequence[int], layers: Sequence[int], settings: Sequence[Settings]
+) -> nn.ModuleList:
+    """The decoder's side; ``widths`` and ``layers`` are the encoder's, in its order, ``settings`` in this one's."""
+    n, back = len(types), list(reversed(widths))
+    return nn.ModuleList(
+        find_block(UP, kind, "up_block_types")(
+            back[min(i + 1, n - 1)],
+            back[max(i - 1, 0)],
+            back[i],
+            layers[n - 1 - i] + 1,
+            settings[i],
+            add_upsample=i < n - 1,
+            resolution_idx=i,
+        )
+        for i, kind in enumerate(types)
+    )
