@@ -82,6 +82,8 @@ def paints_by_channels(family: Any, components: Any) -> bool:
     Raises:
         ValueError: it has extra channels, but not as many as those need.
     """
+    if not family.masks_by_channels:
+        return False
     c = family.latent_format(components).channels
     has = family.model_channels(components) // family.packing**2
     if has == c:
@@ -127,7 +129,6 @@ def apply_mask(
     mask = torch.nn.functional.interpolate(mask_pixels, size=size).to(device=device, dtype=dtype)
     mask = match_batch(mask, batch, "masks")
     if not paints_by_channels(family, components):
-        _skip_posterior_noise(components.get("vae"), image, (f.channels, *size), device, generator)
         assert image_latents is not None
         if side > 1:
             mask = pack(mask.repeat(1, f.channels, 1, 1), side)
@@ -152,16 +153,25 @@ def _blend(scheduler: Any, mask: Tensor, known: Tensor, noise: Tensor) -> Callab
     return blend
 
 
-def _skip_posterior_noise(
-    vae: Any, image: Tensor, size: tuple[int, int, int], device: torch.device, generator: Generators
+def skip_mask_noise(
+    family: Any,
+    components: Any,
+    device: torch.device,
+    height: int,
+    width: int,
+    image: Tensor,
+    generator: Generators = None,
 ) -> None:
     """Draw the noise that encoding the masked picture would draw, so that seeds mean the same as elsewhere.
 
     The ecosystem encodes the masked picture even when the network has no channels for it; the
     result is unused, but a stochastic scheduler goes on with the generator's next numbers.
     """
-    if generator is None or not hasattr(vae, "quant_conv") or image.shape[1] == size[0]:
+    vae, f = components.get("vae"), family.latent_format(components)
+    samples = generator is not None and hasattr(vae, "quant_conv") and image.shape[1] != f.channels
+    if not samples or paints_by_channels(family, components):
         return
+    size = (f.channels, height // f.downscale, width // f.downscale)
     if isinstance(generator, (list, tuple)):
         for g in generator[: image.shape[0]]:
             randn_tensor((1, *size), generator=g, device=device, dtype=vae.dtype)

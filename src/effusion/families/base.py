@@ -39,6 +39,7 @@ class Family:
         packing: side of the square of latents that makes one token; 1 for networks on latents themselves.
         one_by_one: whether guidance branches are evaluated in turn instead of as one batch.
         resizes_image: whether image2image brings the picture to ``height`` x ``width``.
+        masks_by_channels: whether a network with extra channels is taken to read the mask through them.
         starts: task -> the blocks from the picture to the start latents, for tasks beyond the standard ones.
         tasks: those that its ports allow.
         edit: last word on a task's list of blocks.
@@ -56,6 +57,7 @@ class Family:
     packing: int = 1
     one_by_one: bool = False
     resizes_image: bool = False
+    masks_by_channels: bool = True
     starts: Mapping[str, Callable[[Family], _Rows]] = field(default_factory=dict)
     tasks: tuple[str, ...] = TASKS
     edit: Callable[[engine.BlockList, str], None] | None = None
@@ -100,6 +102,14 @@ def setting(model: Any, name: str, default: Any = None) -> Any:
     config = getattr(model, "config", None)
     found = getattr(config, name, None) if config is not None else None
     return found if found is not None else getattr(model, name, default)
+
+
+def require_component(components: Mapping[str, Any], name: str, instead: str) -> Any:
+    """The component ``name``; if the pipeline was loaded without it, an error that says what to pass ``instead``."""
+    component = components.get(name)
+    if component is None:
+        raise ValueError(f"this pipeline has no `{name}`: load one, or pass {instead}")
+    return component
 
 
 def predict(model: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,6 +176,7 @@ _START: dict[str, Callable[[Family], _Rows]] = {
         ("set_timesteps", f.schedule),
         ("read_image", inpaint.read_image_and_mask),
         ("start", inpaint.start_inside_mask),
+        ("skip_mask_noise", inpaint.skip_mask_noise),
         ("apply_mask", inpaint.apply_mask),
     ],
 }

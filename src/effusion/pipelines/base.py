@@ -255,20 +255,21 @@ class DiffusionPipeline(ConfigMixin):
         state = step.state
         if callback is not None:
             given = {name: read_tensor(state, name) for name in names}
+            scale = self._guidance_scale
             returned = callback(self, step.index, step.timestep, dict(given))
             write_tensors(state, given, returned or {})
-            self._sync_guidance(state)
+            if self._guidance_scale != scale:
+                self._follow_guidance(state)
         state.interrupted = state.interrupted or self._interrupt
         order = self.components["scheduler"].order
         if step.index == step.total - 1 or (step.index + 1) % order == 0:
             bar.update()
 
-    def _sync_guidance(self, state: State) -> None:
-        """A callback may have set ``pipe._guidance_scale``: the rest of the run follows it."""
-        scale, guider = self._guidance_scale, state.guider
-        if scale is None or not hasattr(guider, "scale") or guider.scale == scale:
-            return
-        guider.scale = scale
+    def _follow_guidance(self, state: State) -> None:
+        """A callback has set ``pipe._guidance_scale``: the rest of the run uses it."""
+        scale = self._guidance_scale
+        if hasattr(state.guider, "scale"):
+            state.guider.scale = scale
         if scale <= 1 and state.conds is not None:
             state.conds = {"positive": state.conds["positive"]}
 

@@ -18,6 +18,18 @@ FACES: dict[str, dict[str, str]] = {
         "image2image": "StableDiffusionXLImg2ImgPipeline",
         "inpaint": "StableDiffusionXLInpaintPipeline",
     },
+    "flux": {
+        "text2image": "FluxPipeline",
+        "image2image": "FluxImg2ImgPipeline",
+        "inpaint": "FluxInpaintPipeline",
+    },
+    "flux-kontext": {"text2image": "FluxKontextPipeline", "image2image": "FluxKontextPipeline"},
+    "flux-fill": {"inpaint": "FluxFillPipeline"},
+    "flux-control": {
+        "text2image": "FluxControlPipeline",
+        "image2image": "FluxControlImg2ImgPipeline",
+        "inpaint": "FluxControlInpaintPipeline",
+    },
     "lcm": {
         "text2image": "LatentConsistencyModelPipeline",
         "image2image": "LatentConsistencyModelImg2ImgPipeline",

@@ -28,3 +28,10 @@ class StableDiffusionXLPipelineOutput(BaseOutput):
     """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or latents."""
 
     images: Any
+
+
+@dataclass
+class FluxPipelineOutput(BaseOutput):
+    """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or packed latents."""
+
+    images: Any
