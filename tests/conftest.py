@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def _hub_session():  # type: ignore[no-untyped-def]
-    from hub_server import HubServer
+    from tests.hub_server import HubServer
 
     server = HubServer()
     yield server

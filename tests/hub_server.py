@@ -84,7 +84,9 @@ class HubServer:
 
     def fetched(self) -> list[str]:
         """The file paths whose contents were asked for."""
-        return [re.sub(r"^.*/resolve/[^/]+/", "", p) for m, p, _ in self.requests if m == "GET" and "/resolve/" in p]
+        paths = [path for method, path, _ in self.requests if method == "GET"]
+        small = [re.sub(r"^.*/resolve/[^/]+/", "", p) for p in paths if "/resolve/" in p]
+        return small + [p.removeprefix("/cdn/").rpartition("/")[0] for p in paths if p.startswith("/cdn/")]
 
     def env(self, cache: Path) -> dict[str, str]:
         """Environment variables that make a child process use this hub."""
@@ -190,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_bytes(data, {**head, "ETag": f'"{sha[:40]}"'}, path)
         self.hub.blobs[sha] = data
         self.send_response(302)
-        location = f"{self.hub.url}/cdn/{path}/{sha}"
+        location = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{path}/{sha}"  # another host
         linked = {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(data)), "Location": location}
         for key, value in {**head, **linked, "ETag": f'"{sha[:40]}"', "Content-Length": "0"}.items():
             self.send_header(key, value)

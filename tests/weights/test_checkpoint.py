@@ -195,7 +195,8 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power cut"), saving.staged(tmp_path) as aside:
         (aside / "a.json").write_text("new")
         raise RuntimeError("power cut")
-    assert (tmp_path / "a.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(RuntimeError), saving.staged(tmp_path / "new"):
         raise RuntimeError
     assert not (tmp_path / "new").exists()

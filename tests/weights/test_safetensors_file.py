@@ -46,7 +46,8 @@ def test_reads_what_the_reference_writes(tmp_path: Path, mapped: bool) -> None:
     assert file.metadata == {"format": "pt"}
     for name, tensor in tensors.items():
         found = file.tensor(name, mapped)
-        assert found.dtype == tensor.dtype and found.shape == tensor.shape
+        assert found.dtype == tensor.dtype
+        assert found.shape == tensor.shape
         assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
@@ -55,7 +56,9 @@ def test_slices_are_where_the_bytes_are(tmp_path: Path) -> None:
     write(tmp_path / "f", {"x": tensor, "y": torch.ones(3)})
     part = SafetensorsFile(tmp_path / "f").slices["x"]
     raw = (tmp_path / "f").read_bytes()[part.offset : part.offset + part.nbytes]
-    assert raw == tensor.numpy().tobytes() and part.shape == (4, 6) and part.dtype == torch.float32
+    assert raw == tensor.numpy().tobytes()
+    assert part.shape == (4, 6)
+    assert part.dtype == torch.float32
     assert torch.equal(part.read(), tensor)
 
 
@@ -72,7 +75,8 @@ def test_writing_to_a_mapped_tensor_never_reaches_the_file(tmp_path: Path) -> No
     before = (tmp_path / "f").read_bytes()
     tensor = SafetensorsFile(tmp_path / "f").tensor("x")
     tensor.zero_()
-    assert (tmp_path / "f").read_bytes() == before and tensor.sum() == 0
+    assert (tmp_path / "f").read_bytes() == before
+    assert tensor.sum() == 0
     assert SafetensorsFile(tmp_path / "f").tensor("x").sum() == 2000
 
 
@@ -88,7 +92,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     before = (tmp_path / "f").read_bytes()
     with pytest.raises(ValueError, match="y: .*meta"):
         write(tmp_path / "f", {"x": torch.ones(2), "y": torch.ones(2, device="meta")})
-    assert (tmp_path / "f").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 GOOD = {"x": entry(0, 8), "y": entry(8, 16)}
@@ -131,7 +136,8 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, case: str) -> None:
     (tmp_path / "bad.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=says) as caught:
         SafetensorsFile(tmp_path / "bad.safetensors")
-    assert "bad.safetensors" in str(caught.value) and len(str(caught.value)) < 1000
+    assert "bad.safetensors" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -154,7 +160,9 @@ def test_a_sparse_file_of_24_gigabytes_is_opened_at_once(tmp_path: Path) -> None
 
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32), hits=st.integers(1, 8))
-def test_mutated_headers_are_read_or_refused_never_worse(seed: int, hits: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_mutated_headers_are_read_or_refused_never_worse(
+    seed: int, hits: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     rng = random.Random(seed)
     data = bytearray(safetensors.torch.save({"a": torch.ones(3), "b.c": torch.zeros(2, 2).half()}))
     for _ in range(hits):
@@ -168,5 +176,6 @@ def test_mutated_headers_are_read_or_refused_never_worse(seed: int, hits: int, t
     except CheckpointError:
         return
     for name, part in file.slices.items():
-        assert 0 <= part.offset and part.offset + part.nbytes <= len(data)
+        assert part.offset >= 0
+        assert part.offset + part.nbytes <= len(data)
         assert file.tensor(name).nbytes == part.nbytes

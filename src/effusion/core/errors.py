@@ -20,6 +20,10 @@ class MissingFile(CheckpointError):
     """A file that was looked for is not there."""
 
 
+class HubSilent(MissingFile):
+    """A file is not in the cache, and the hub could not be asked for it."""
+
+
 class UntrustedCode(EffusionError, ValueError):
     """Loading would run foreign code (remote modules, pickles) and nobody consented to that."""
 

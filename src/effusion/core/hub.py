@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import CheckpointError, MissingFile
+from .errors import CheckpointError, HubSilent, MissingFile
 
 # the arguments that say where a file is, as every `from_pretrained` takes them
 LOCATION = (
@@ -183,31 +183,37 @@ def repo_files(
 @contextlib.contextmanager
 def _hub_errors(repo: str, inside: str, revision: str | None) -> Iterator[None]:
     """Turn what ``huggingface_hub`` raises into errors that say what to do."""
+    try:
+        yield
+    except Exception as error:
+        # a failed `force_download` arrives as a ValueError around the reason
+        reason = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
+        explained = _explain(reason, repo, inside, revision)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: Exception, repo: str, inside: str, revision: str | None) -> CheckpointError | None:
     from huggingface_hub import errors
 
     what = f"{repo}/{inside}" if inside else repo
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is neither a folder on this machine nor the name of a repository") from error
-    except errors.GatedRepoError as error:
-        raise CheckpointError(f"{repo} is gated: ask for access on its page, then log in or pass `token=`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo!r} is no folder here and no repository on the hub; if it is private, log in or pass `token=`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo} has no revision {revision!r}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise MissingFile(
-            f"{what} is not in the cache, and the hub was not asked or did not answer ({error})"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise MissingFile(f"{repo} has no file {inside} at revision {revision or 'main'}") from error
-    except Exception as error:
-        if not isinstance(error, (errors.HfHubHTTPError, OSError, *_transport_errors())):
-            raise
-        raise CheckpointError(f"the hub could not deliver {what}: {error}") from error
+    if isinstance(error, errors.HFValidationError):
+        return CheckpointError(f"{repo!r} is neither a folder on this machine nor the name of a repository")
+    if isinstance(error, errors.GatedRepoError):
+        return CheckpointError(f"{repo} is gated: ask for access on its page, then log in or pass `token=`")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "if it is private, log in or pass `token=`"
+        return CheckpointError(f"{repo!r} is no folder here and no repository on the hub; {hint}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{repo} has no revision {revision!r}")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return HubSilent(f"{what} is not in the cache, and the hub was not asked or did not answer: {error}")
+    if isinstance(error, errors.EntryNotFoundError):
+        return MissingFile(f"{repo} has no file {inside} at revision {revision or 'main'}")
+    if isinstance(error, (errors.HfHubHTTPError, OSError, *_transport_errors())):
+        return CheckpointError(f"the hub could not deliver {what}: {error}")
+    return None
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import hub
-from ..core.errors import CheckpointError, MissingFile
+from ..core.errors import CheckpointError, HubSilent, MissingFile
 from . import torch_file
 from .safetensors_file import SafetensorsFile, unique_keys
 from .slices import TensorSlice
@@ -133,16 +133,22 @@ def open_checkpoint(
         CheckpointError: no such weights, or they are not what they should be (file and key named).
     """
     extensions = {True: ("safetensors",), False: ("bin",), None: ("safetensors", "bin")}[use_safetensors]
-    looked = []
+    looked: list[str] = []
+    silent: HubSilent | None = None
     for extension in extensions:
         for stem in stems if extension != "bin" else _torch_stems(stems):
             names = WeightNames(stem, extension, variant)
             for name in (names.single, names.index):
-                path = hub.try_file(repo, name, **where)
-                if path is not None:
+                try:
+                    path = hub.resolve_file(repo, name, **where)
+                except HubSilent as error:  # then the cache is all there is
+                    silent, where = error, {**where, "local_files_only": True}
+                    looked.append(name)
+                except MissingFile:
+                    looked.append(name)
+                else:
                     return open_index(path, repo, **where) if name == names.index else open_file(path)
-                looked.append(name)
-    raise MissingFile(_nothing_found(repo, looked, variant, use_safetensors, where))
+    raise silent or MissingFile(_nothing_found(repo, looked, variant, use_safetensors, where))
 
 
 def _torch_stems(stems: tuple[str, ...]) -> tuple[str, ...]:

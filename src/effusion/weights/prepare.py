@@ -175,7 +175,7 @@ def building(model_class: Any, label: str) -> Iterator[None]:
 
 def fill_rest(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Weights that the checkpoint had in another shape are initialised anew; buffers follow to the device."""
-    left = set(assign.meta_tensors(model))
+    left = set() if device == torch.device("meta") else set(assign.meta_tensors(model))
     for path, module in model.named_modules():
         own = [n for n in (*module._parameters, *module._buffers) if f"{path}.{n}".lstrip(".") in left]
         if own:
