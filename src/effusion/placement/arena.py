@@ -1,0 +1,124 @@
+"""The ring: one piece of memory of fixed size on the compute device that streamed weights pass through."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGN = 64  # bytes; weights keep their address modulo this, as kernels may round differently with another one
+
+
+@dataclass
+class Room:
+    """Bytes ``[start, start + nbytes)`` of an arena; ``events`` end what was computed from them before."""
+
+    start: int
+    nbytes: int
+    events: list[Any] = field(default_factory=list)
+
+
+class Arena:
+    """``capacity`` bytes on ``device``, handed out first-fit and given back in any order."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.device = device
+        self.buffer = allocate(capacity, device)
+        self._free = [Room(0, capacity)]
+
+    @property
+    def free(self) -> int:
+        return sum(room.nbytes for room in self._free)
+
+    @property
+    def idle(self) -> bool:
+        return self.free == self.capacity
+
+    def take(self, nbytes: int) -> Room | None:
+        """Room for ``nbytes``, or ``None`` if there is no piece of that size."""
+        nbytes = max(-(-nbytes // 512) * 512, 512)
+        for index, room in enumerate(self._free):
+            if room.nbytes >= nbytes:
+                taken = Room(room.start, nbytes, list(room.events))
+                room.start, room.nbytes = room.start + nbytes, room.nbytes - nbytes
+                if not room.nbytes:
+                    del self._free[index]
+                return taken
+        return None
+
+    def give(self, room: Room) -> None:
+        """Take ``room`` back; neighbours that are free become one."""
+        room.events = [e for e in room.events if not e.query()]
+        self._free.append(room)
+        self._free.sort(key=lambda r: r.start)
+        merged: list[Room] = []
+        for r in self._free:
+            if merged and merged[-1].start + merged[-1].nbytes == r.start:
+                merged[-1].nbytes += r.nbytes
+                merged[-1].events = [e for e in merged[-1].events if not e.query()] + r.events
+            else:
+                merged.append(r)
+        self._free = merged
+
+    def bytes(self, room: Room) -> Tensor:
+        return self.buffer[room.start : room.start + room.nbytes]
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in this arena."""
+        return tensor.device == self.device and tensor.untyped_storage().data_ptr() == self.buffer.data_ptr()
+
+
+def allocate(nbytes: int, device: torch.device) -> Tensor:
+    """``nbytes`` of plain bytes on ``device``, usable in and out of inference mode.
+
+    On the CPU they are whole pages from the system: pages that were not written to cost nothing,
+    and all of them go back when the tensor is gone.
+    """
+    with torch.inference_mode(False):
+        if device.type != "cpu" or nbytes == 0:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return host_pages(nbytes)[1]
+
+
+def host_pages(nbytes: int) -> tuple[mmap.mmap, Tensor]:
+    """Pages from the system, and a tensor over them that keeps them alive."""
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 4 << 20:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages, torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def layout(tensors: list[Tensor], on_cpu: bool) -> tuple[list[int], int]:
+    """Where each tensor goes in a piece of memory that holds all, and how large that is.
+
+    On the CPU an address keeps its remainder by :data:`ALIGN`; slices that follow one another in a
+    file then also do so here, and are read in one go.
+    """
+    at, offsets = 0, []
+    for tensor in tensors:
+        wanted = tensor.data_ptr() % ALIGN if on_cpu and tensor.device.type == "cpu" else 0
+        step = ALIGN if on_cpu else 512
+        at += (wanted - at) % step
+        offsets.append(at)
+        at += tensor.numel() * tensor.element_size()
+    return offsets, at
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in the output of a module: tensors, tuples, lists, mappings, dataclasses of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name, None))

@@ -1,0 +1,176 @@
+"""Layerwise casting: weights rest in a small dtype and are decoded for the time of a layer's call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core import log
+from .engine import Engine, Transform, engine_for, engine_of, neighbours
+from .sources import Mappings, Span
+from .units import own_slots
+
+logger = log.get_logger(__name__)
+# layers whose weights may be stored in a small dtype, and names of layers for which that costs quality
+CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CASTABLE += (nn.Linear, nn.Embedding)  # type: ignore[assignment]
+DEFAULT_SKIP_MODULES_PATTERN = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
+
+Pattern = str | Sequence[str] | None
+Classes = Sequence[type[nn.Module] | str] | None
+
+
+def apply_layerwise_casting(
+    module: nn.Module,
+    storage_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    skip_modules_pattern: str | tuple[str, ...] | None = "auto",
+    skip_modules_classes: tuple[type[nn.Module] | str, ...] | None = None,
+    non_blocking: bool = False,
+) -> None:
+    """Store the weights of the layers in ``module`` as ``storage_dtype``, compute with them in ``compute_dtype``.
+
+    It goes with every way of offloading (small weights travel faster) and can be called again with
+    other dtypes, or on a part of a network.
+
+    Args:
+        skip_modules_pattern: regular expressions; what they are found in (the qualified name) is left
+            as it is. ``"auto"`` leaves out embeddings of positions, norms and the outer projections.
+        skip_modules_classes: classes that are left as they are, or parts of their names (``"norm"``).
+        non_blocking: accepted; transfers never block longer than they have to.
+
+    Raises:
+        ValueError: dtypes that are no floating-point types, or a broken pattern.
+    """
+    for name, dtype in (("storage_dtype", storage_dtype), ("compute_dtype", compute_dtype)):
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{name}={dtype!r}: give a floating-point dtype, such as torch.float8_e4m3fn")
+    patterns = _patterns(skip_modules_pattern)
+    if skip_modules_pattern is None and skip_modules_classes is None:
+        layers = [m for m in module.modules() if own_slots(m, "")]
+    else:
+        layers = list(_layers(module, "", patterns, skip_modules_classes or ()))
+    cast(module, layers, storage_dtype, compute_dtype)
+
+
+def _patterns(pattern: Pattern) -> list[re.Pattern[str]]:
+    if pattern == "auto":
+        pattern = DEFAULT_SKIP_MODULES_PATTERN
+    texts = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    try:
+        return [re.compile(text) for text in texts]
+    except re.error as error:
+        raise ValueError(f"skip_modules_pattern={pattern!r} is no regular expression: {error}") from None
+
+
+def _layers(
+    module: nn.Module, name: str, skip: list[re.Pattern[str]], classes: Sequence[type[nn.Module] | str]
+) -> Iterator[nn.Module]:
+    if any(p.search(name) for p in skip) or any(_is_a(module, c) for c in classes):
+        return
+    if isinstance(module, CASTABLE):
+        yield module
+        return
+    for child_name, child in module.named_children():
+        yield from _layers(child, f"{name}.{child_name}" if name else child_name, skip, classes)
+
+
+def _is_a(module: nn.Module, what: type[nn.Module] | str) -> bool:
+    if isinstance(what, str):
+        return what.lower() in type(module).__name__.lower()
+    return isinstance(module, what)
+
+
+def cast(module: nn.Module, layers: Sequence[nn.Module], storage: torch.dtype, compute: torch.dtype) -> None:
+    """Let the weights of ``layers``, all inside ``module``, rest in ``storage`` and compute in ``compute``."""
+    engine = _serving(module)
+    engine.settle()
+    originals: dict[int, Span | None] = {}
+    mappings = Mappings()
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in layers:
+            transform = engine.transforms.setdefault(layer, Transform(layer))
+            for slot in own_slots(layer, ""):
+                tensor = slot.tensor
+                if not tensor.is_floating_point() or tensor.is_meta:
+                    continue
+                if tensor.dtype != storage and id(tensor) not in originals:
+                    originals[id(tensor)] = mappings.span(tensor)
+                    if originals[id(tensor)] is not None and slot.name not in transform.casts:
+                        engine.originals[slot.module, slot.name] = (originals[id(tensor)], tensor.dtype, tensor.shape)
+                    _retype(tensor, storage)
+                transform.casts[slot.name] = (storage, compute)
+    engine.rehome()
+    engine.install()
+
+
+def uncast(module: nn.Module) -> None:
+    """Undo :func:`cast`: the weights as they were in their file where it is known, else what is stored, decoded."""
+    engine = engine_of(module)
+    if engine is None:
+        return
+    engine.settle()
+    with torch.inference_mode(False), torch.no_grad():
+        for layer, transform in list(engine.transforms.items()):
+            for name, (_, compute) in transform.casts.items():
+                store = layer._parameters if name in layer._parameters else layer._buffers
+                tensor = store[name]
+                assert tensor is not None
+                original = engine.originals.pop((layer, name), None)
+                if original is not None:
+                    span, dtype, shape = original
+                    tensor.data = _read(span, dtype, shape).to(tensor.device)
+                elif tensor.dtype != compute:
+                    _retype(tensor, compute)
+            transform.casts = {}
+    engine.rehome()
+    engine.install()
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that cast weights of ``module`` are decoded to; ``None`` if none are cast."""
+    engine = engine_of(module)
+    if engine is None:
+        return None
+    return next((compute for t in engine.transforms.values() for _, compute in t.casts.values()), None)
+
+
+def _serving(module: nn.Module) -> Engine:
+    """The engine of ``module``, or of the component that it is a part of."""
+    if engine_of(module) is None:
+        for engine in neighbours(module):
+            if any(m is module for m in engine.root.modules()):
+                return engine
+    return engine_for(module)
+
+
+def _retype(tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.requires_grad and not tensor.grad_fn:
+        tensor.requires_grad_(False)  # a weight in storage form can't be trained
+    tensor.data = tensor.data.to(dtype)
+
+
+def _read(span: Span, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    span.file.check()
+    raw = torch.empty(span.nbytes, dtype=torch.uint8)
+    span.file.read(memoryview(raw.numpy()), span.offset)
+    return raw.view(dtype).view(shape)
+
+
+def recast(engine: Engine) -> None:
+    """After weights were converted by hand (``half()``): store them small again, and compute in the new dtype.
+
+    Nothing is lost by that: what was decoded from a smaller dtype is exactly representable in it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for layer, transform in engine.transforms.items():
+            for name, (storage, compute) in list(transform.casts.items()):
+                store = layer._parameters if name in layer._parameters else layer._buffers
+                tensor = store.get(name)
+                if tensor is None or tensor.dtype == storage or tensor.is_meta:
+                    continue
+                transform.casts[name] = (storage, tensor.dtype)
+                _retype(tensor, storage)

@@ -1,0 +1,619 @@
+"""The engine: for every weight, always in this order, fetch, decode, patch, lend, drop.
+
+One :class:`Engine` serves one component (a module and what is in it). What rests in the modules is the
+truth: true weights, at their home, seen by ``state_dict``, ``parameters`` and saving. For the time of a
+call the engine puts others in their place, on the compute device, decoded and patched, and afterwards
+the resting ones again. Nothing is copied back, except what the call itself wrote to (statistics of a
+batch norm, say).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import log
+from ..core.errors import BudgetError, PlanConflict
+from . import homes
+from . import lender as lending
+from .arena import layout, tensors_in
+from .lane import Cargo, Lane, lane_to, version
+from .lender import Lender
+from .plan import Row
+from .sources import Mappings, Span, changed_in_memory
+from .units import Group, Slot, is_called, peeking_owners
+
+logger = log.get_logger(__name__)
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_lock = threading.RLock()  # held by whoever lends, drops or changes what is lent, on any component
+
+
+@dataclass(eq=False)
+class Unit:
+    """One row of the plan with the slots and triggers it stands for, and the state it is in."""
+
+    row: Row
+    slots: list[Slot]
+    triggers: list[nn.Module]
+    device: torch.device
+    index: int = 0  # in the order of definition
+    depth: int = 0  # calls that need it now
+    cargo: Cargo | None = None  # lent, or kept
+    coming: Cargo | None = None  # fetched ahead
+    put: list[tuple[Slot, Tensor, Tensor]] = field(default_factory=list)  # (slot, resting, lent)
+    outer: bool = False  # modules of other units are called while it is lent
+    known: dict[int, tuple[Tensor, int, Span | None]] = field(default_factory=dict)  # slices found, by slot
+
+    @property
+    def lent(self) -> bool:
+        return bool(self.put)
+
+
+class Transform:
+    """Decode and patch the weights of one module: storage dtype -> compute dtype, then add the deltas."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.casts: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # name -> (storage, compute)
+        self.patches: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}  # name -> patch -> function
+        self.depth = 0
+        self._put: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self.casts and not any(self.patches.values())
+
+    def enter(self) -> None:
+        """Put decoded, patched weights in place until :meth:`exit`."""
+        with _lock:
+            self.depth += 1
+            if self.depth > 1:
+                return
+            with torch.inference_mode(False), torch.no_grad():
+                for name in {**self.casts, **self.patches}:
+                    own = self.module._parameters
+                    store: dict[str, Any] = own if name in own else self.module._buffers
+                    rest = store.get(name)
+                    value = rest if rest is None else self.apply(name, rest)
+                    if rest is not None and value is not None and value is not rest:
+                        self._put.append((store, name, rest, value))
+                        store[name] = value
+
+    def apply(self, name: str, rest: Tensor) -> Tensor:
+        """The weight to compute with, from the one that rests (or was fetched)."""
+        value = rest
+        if name in self.casts and rest.dtype == self.casts[name][0]:
+            value = value.to(self.casts[name][1])
+        for patch in self.patches.get(name, {}).values():
+            value = patch(value)
+        if value is rest or not isinstance(rest, nn.Parameter):
+            return value
+        return nn.Parameter(value, requires_grad=False)
+
+    def exit(self) -> None:
+        with _lock:
+            self.depth -= 1
+            if self.depth:
+                return
+            for store, name, rest, value in reversed(self._put):
+                if store.get(name) is value:  # else the module put something else there: that stays
+                    store[name] = rest
+            self._put = []
+
+
+class Engine:
+    """Serves one component according to rows of a plan; see :func:`engine_of` and :mod:`.policies`."""
+
+    def __init__(self, root: nn.Module, name: str = "") -> None:
+        self._root = weakref.ref(root)
+        self.name = name or type(root).__name__
+        self.units: list[Unit] = []
+        self.transforms: dict[nn.Module, Transform] = {}
+        self.compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.policy: dict[str, Any] = {"kind": "resident"}
+        self.exclude: frozenset[str] = frozenset()
+        self.give_back = False
+        self.always_travel = False  # tests: treat the CPU as if it were a device of its own
+        self._hooked: list[nn.Module] = []
+        self._next: dict[Any, Unit] = {}  # what came after (a unit before, a unit) the last time
+        self._recent: tuple[Unit | None, Unit | None] = (None, None)
+        self._capacity: dict[torch.device, int] = {}
+        self.patches: dict[str, Any] = {}  # name -> patch, see `patches`
+        self.originals: dict[Any, Any] = {}  # (module, name) -> slice of the file that a cast weight came from
+        self.folder: Any = None  # where weights of the disk are written to
+        self.offload: torch.device | None = None
+        self.pinned = 0  # bytes
+        self._files: list[Path] = []
+        self._lingering: list[Unit] = []  # lent, not needed by a call now, dropped when another unit comes
+        _engines.add(self)
+        weakref.finalize(self, homes.remove, self._files)
+
+    def __reduce__(self) -> Any:  # copies and pickles of a component are served by nobody
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    @property
+    def root(self) -> nn.Module:
+        root = self._root()
+        assert root is not None, "the component is gone"
+        return root
+
+    # -- setting up --------------------------------------------------------------------------------
+
+    def set_units(self, units: list[Unit], policy: dict[str, Any]) -> None:
+        """Serve by ``units`` from now on, instead of whatever was before."""
+        self.settle()
+        self.uninstall()
+        self.units, self.policy = units, policy
+        self._next.clear()
+        self._recent = (None, None)
+        triggers = {id(t) for u in units for t in u.triggers}
+        for index, unit in enumerate(units):
+            unit.index = index
+            own = {id(t) for t in unit.triggers}
+            below = {id(m) for t in unit.triggers for m in t.modules()} - own
+            unit.outer = bool(below & (triggers - own))
+        self.install()
+
+    def install(self) -> None:
+        """Put lenders in front of the modules that need one."""
+        self.uninstall()
+        lenders: dict[nn.Module, Lender] = {}
+        above = _above(self.root)
+
+        def lender_for(module: nn.Module) -> Lender:
+            top = self._outermost_compiled(module, above)
+            if top not in lenders:
+                run = lending.compiled_call(top)
+                lenders[top] = Lender(self, top, run if run is not None else top._call_impl)
+            return lenders[top]
+
+        for unit in self.units:
+            if not self._must_travel(unit):
+                continue
+            for trigger in unit.triggers:
+                lender = lender_for(trigger)
+                if unit not in lender.units:
+                    lender.units.append(unit)
+                if unit.device.type != "cpu":
+                    lender.device, lender.exclude = unit.device, self.exclude
+        peeked = peeking_owners(self.root) if self.transforms else {}
+        for module, transform in self.transforms.items():
+            if transform.idle:
+                continue
+            for place in {module, peeked.get(id(module), ("", module))[1]}:
+                if transform not in lender_for(place).transforms:
+                    lender_for(place).transforms.append(transform)
+        if self.give_back and self.root not in lenders and lenders:
+            lender_for(self.root)
+        for module, lender in lenders.items():
+            lender.give_back = self.give_back and module is self.root
+            lending.install(lender)
+        self._guard_compile(lenders, above)
+        self._measure()
+
+    def _must_travel(self, unit: Unit) -> bool:
+        return unit.row.travels or self.always_travel or (unit.row.home == "device" and unit.device.type != "cpu")
+
+    def _outermost_compiled(self, module: nn.Module, above: dict[nn.Module, nn.Module]) -> nn.Module:
+        top, at = module, module
+        while True:
+            if lending.compiled_call(at) is not None or lending.has_compiled_forward(at):
+                top = at
+            if at not in above:
+                return top
+            at = above[at]
+
+    def _guard_compile(self, lenders: dict[nn.Module, Lender], above: dict[nn.Module, nn.Module]) -> None:
+        guarded: dict[nn.Module, None] = {}
+        for module in lenders:
+            at: nn.Module | None = module
+            while at is not None and at not in guarded:
+                guarded[at] = None
+                at = above.get(at)
+        for module in guarded:
+            if "compile" not in module.__dict__ and is_called(module):
+                module.__dict__["compile"] = lending.CompileLater(self, module)
+        self._hooked = list({**dict.fromkeys(lenders), **guarded})
+
+    def uninstall(self) -> None:
+        for module in self._hooked:
+            lending.uninstall(module)
+        self._hooked = []
+
+    def compile(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """``module.compile(…)`` while served: weights are lent outside the compiled region."""
+        self.settle()
+        self.uninstall()
+        nn.Module.compile(module, *args, **kwargs)
+        self.install()
+
+    def _measure(self) -> None:
+        """How large the ring to each device has to be: the largest unit, and what may travel ahead of it."""
+        self._capacity = {}
+        for unit in self.units:
+            if not self._must_travel(unit) or unit.row.keep or unit.outer:
+                continue
+            tensors = list({id(s.tensor): s.tensor for s in unit.slots}.values())
+            _, nbytes = layout(tensors, unit.device.type == "cpu")
+            need = (-(-(nbytes + 64) // 512) * 512) * (1 + unit.row.ahead)
+            self._capacity[unit.device] = max(self._capacity.get(unit.device, 0), need)
+
+    # -- lending -----------------------------------------------------------------------------------
+
+    def enter(self, unit: Unit) -> None:
+        """A call that needs ``unit`` begins."""
+        with _lock:
+            if unit.depth == 0:
+                for other in [u for u in self._lingering if u is not unit]:
+                    self._drop(other)
+                if not unit.lent:
+                    self._lend(unit)
+            unit.depth += 1
+            if not unit.row.keep and not unit.outer:
+                self._remember(unit)
+                if unit.row.ahead:
+                    self._fetch_ahead(unit)
+
+    def exit(self, unit: Unit, module: nn.Module, failed: bool) -> None:
+        """A call that needed ``unit`` ended."""
+        with _lock:
+            unit.depth -= 1
+            if unit.depth or unit.row.keep:
+                return
+            if not failed and any(module is t for t in unit.triggers[:-1]):
+                self._lingering.append(unit)  # the next block of the group will need it
+            else:
+                self._drop(unit)
+
+    def _lend(self, unit: Unit) -> None:
+        if unit.row.keep:
+            room_on(unit.device).enter(self)
+        lane = lane_to(unit.device)
+        slots, rests = self._travelling(unit)
+        cargo, unit.coming = unit.coming, None
+        if cargo is not None and not cargo.current(rests):
+            lane.leave(cargo)
+            cargo = None
+        try:
+            if cargo is None and rests:
+                cargo = self._fetch(unit, rests)
+            if cargo is not None:
+                lane.arrive(cargo)
+        except BaseException:
+            if cargo is not None:
+                lane.leave(cargo)
+            raise
+        unit.cargo = cargo
+        self._swap(unit, slots, rests)
+
+    def _travelling(self, unit: Unit) -> tuple[list[list[Slot]], list[Tensor]]:
+        """The distinct tensors that have to be fetched, each with the slots that it (tied weights) fills."""
+        found: dict[Any, tuple[list[Slot], Tensor]] = {}
+        for slot in unit.slots:
+            rest = slot.store.get(slot.name)
+            if rest is None:
+                continue
+            if rest.device.type == "meta":
+                raise PlanConflict(
+                    f"{self.name}: the weight {slot.path!r} is on the meta device, its values are gone; something moved "
+                    f"the component while it was offloaded. Load it again, or call `to`/`enable_*` of the pipeline instead"
+                )
+            if rest.device == unit.device and not self.always_travel and unit.row.home != "disk":
+                continue  # moved there by hand: it is where it has to be
+            key = (rest.device, rest.data_ptr(), rest.shape, rest.stride(), rest.dtype) if rest.numel() else id(rest)
+            found.setdefault(key, ([], rest))[0].append(slot)
+        return [slots for slots, _ in found.values()], [rest for _, rest in found.values()]
+
+    def _spans(self, unit: Unit, rests: list[Tensor]) -> list[Span | None]:
+        """The slices of files that ``rests`` are views of; for those of the homes in memory, none."""
+        if unit.row.home != "disk":
+            return [None] * len(rests)
+        mappings = None
+        spans: list[Span | None] = []
+        for rest in rests:
+            known = unit.known.get(id(rest))
+            if known is None or known[0] is not rest or known[1] != version(rest):
+                mappings = mappings or Mappings()
+                known = (rest, version(rest), mappings.span(rest))
+                unit.known[id(rest)] = known
+            elif known[2] is not None and changed_in_memory(rest):
+                known = (rest, version(rest), None)
+                unit.known[id(rest)] = known
+            spans.append(known[2])
+        return spans
+
+    def _fetch(self, unit: Unit, rests: list[Tensor], must: bool = True) -> Cargo | None:
+        lane = lane_to(unit.device)
+        own = unit.row.keep or unit.outer or torch.is_grad_enabled()
+        if not own:
+            lane.reserve(self._capacity.get(unit.device, 0))
+        spans = self._spans(unit, rests)
+        try:
+            cargo = lane.start(rests, spans, own, must=False)
+            if cargo is None and must:
+                self._recall(lane)
+                cargo = lane.start(rests, spans, own)
+            return cargo
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if not must:
+                return None
+            return self._fetch_again(unit, rests, spans, error)
+
+    def _fetch_again(self, unit: Unit, rests: list[Tensor], spans: list[Span | None], error: BaseException) -> Cargo:
+        """Out of memory: give back whatever is not in use, and try once more."""
+        lane = lane_to(unit.device)
+        self._recall(lane)
+        room_on(unit.device).clear(but=self)
+        lane.release()
+        if unit.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            cargo = lane.start(rests, spans, own_memory=True)
+            assert cargo is not None
+            return cargo
+        except (torch.OutOfMemoryError, MemoryError):
+            need = sum(r.numel() * r.element_size() for r in rests)
+            raise BudgetError(
+                f"{self.name}/{unit.row.unit}: {need} bytes of weights don't fit on {unit.device} beside what is there. "
+                f"Smaller units need less: `enable_group_offload(offload_type='leaf_level')`, or a smaller image"
+            ) from error
+
+    def _recall(self, lane: Lane) -> None:
+        """Drop what was fetched ahead."""
+        for engine in list(_engines):
+            for unit in engine.units:
+                if unit.coming is not None and unit.device == lane.device:
+                    lane.leave(unit.coming)
+                    unit.coming = None
+
+    def _swap(self, unit: Unit, slots: list[list[Slot]], rests: list[Tensor]) -> None:
+        tensors = unit.cargo.tensors if unit.cargo is not None else []
+        grad = torch.is_grad_enabled()  # asked first: leaving inference mode switches it on
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            for places, rest, tensor in zip(slots, rests, tensors, strict=True):
+                lent = _lent(tensor, rest)
+                for slot in places:
+                    unit.put.append((slot, slot.tensor, lent))
+                    slot.store[slot.name] = lent
+
+    def _drop(self, unit: Unit) -> None:
+        """The resting weights again; what the call wrote to is written back."""
+        with torch.no_grad():
+            for slot, rest, lent in unit.put:
+                now = slot.store.get(slot.name)
+                if now is lent:
+                    if not lent.requires_grad and lent._version:
+                        rest.copy_(lent)
+                    slot.store[slot.name] = rest
+        unit.put = []
+        if unit in self._lingering:
+            self._lingering = [u for u in self._lingering if u is not unit]
+        cargo, unit.cargo = unit.cargo, None
+        if cargo is not None:
+            lane_to(unit.device).leave(cargo)
+
+    def own_output(self, out: Any) -> Any:
+        """``out``, with tensors that are views of lent weights copied: their memory is used again."""
+        for device in self._capacity:
+            arena = lane_to(device).arena
+            if arena is not None and any(arena.holds(t) for t in tensors_in(out)):
+                return _copied(out, arena.holds)
+        return out
+
+    # -- what comes next -----------------------------------------------------------------------------
+
+    def _remember(self, unit: Unit) -> None:
+        before, last = self._recent
+        if last is not None and last is not unit:
+            self._next[(id(before), id(last))] = unit
+            self._next[id(last)] = unit
+        if last is not unit:
+            self._recent = (last, unit)
+
+    def _after(self, before: Unit | None, unit: Unit) -> Unit | None:
+        found = self._next.get((id(before), id(unit))) or self._next.get(id(unit))
+        if found is None:  # never came this far: the order of definition is the best guess
+            index = unit.index + 1
+            found = self.units[index] if index < len(self.units) else None
+        return found
+
+    def _fetch_ahead(self, unit: Unit) -> None:
+        """Begin with the units that will be needed next, as many as there is room for."""
+        if torch.is_grad_enabled():
+            return
+        before, at = self._recent[0], unit
+        seen = {id(unit)}
+        while True:
+            before, following = at, self._after(before, at)
+            if following is None or id(following) in seen:
+                return
+            seen.add(id(following))
+            at = following
+            if following.lent or following.coming is not None or following.outer or following.row.keep:
+                continue
+            if not self._must_travel(following) or following.device != unit.device:
+                continue
+            _, rests = self._travelling(following)
+            if rests:
+                following.coming = self._fetch(following, rests, must=False)
+                if following.coming is None:
+                    return
+
+    # -- settling ------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Take everything back: the modules hold their resting weights, the compute device nothing of ours."""
+        with _lock:
+            for unit in self.units:
+                if unit.lent or unit.cargo is not None:
+                    self._drop(unit)
+                unit.depth = 0
+                if unit.coming is not None:
+                    lane_to(unit.device).leave(unit.coming)
+                    unit.coming = None
+            self._recent = (None, None)
+            for device in self._capacity:
+                lane_to(device).release()
+
+    def close(self) -> None:
+        """Serve no more; what rests in the modules stays where it is."""
+        self.settle()
+        self.uninstall()
+        self.units, self.transforms = [], {}
+        self.replace_files([])
+        self.root.__dict__.pop(_ATTRIBUTE, None)
+        _engines.discard(self)
+
+    def replace_files(self, files: Sequence[Path]) -> None:
+        """``files`` hold weights now; ours that don't any more are removed (mappings of them stay valid)."""
+        homes.remove([file for file in self._files if file not in files])
+        self._files[:] = [file for file in files if homes.is_ours(file)]
+
+    def rehome(self) -> None:
+        """Bring weights whose data was replaced (by a cast) to the home that their rows name."""
+        if not self.units:
+            return
+        groups = [Group(u.row.unit.partition("/")[2], u.slots, u.triggers) for u in self.units]
+        home = self.units[0].row.home
+        if home == "disk":
+            self.replace_files(homes.to_disk(groups, self.folder, self.name))
+        elif home == "pinned":
+            self.pinned = homes.to_pinned(groups)
+        for unit in self.units:
+            unit.row = replace(unit.row, nbytes=homes.nbytes_of(unit.slots))
+            unit.known.clear()
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the component computes, if that is decided here."""
+        return self.units[0].device if self.units else None
+
+
+class Shared:
+    """The room on one compute device that components kept until another needs it share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._inside: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._evictions: set[tuple[int, int]] = set()  # (who had to go, for whom) since the last `forget`
+
+    def enter(self, engine: Engine) -> None:
+        """Make room for ``engine``. Two that take turns (a network and its ControlNet) stay both if they fit."""
+        for other in list(self._inside):
+            if other is engine or any(u.depth for u in other.units):
+                continue
+            take_turns = (id(engine), id(other)) in self._evictions
+            if take_turns and self._fits(engine):
+                continue
+            self._evictions.add((id(other), id(engine)))
+            other.settle()
+            self._inside.discard(other)
+        self._inside.add(engine)
+
+    def _fits(self, engine: Engine) -> bool:
+        if self.device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self.device)  # memory that activations took stays out of this
+        return bool(free > sum(u.row.nbytes for u in engine.units))
+
+    def clear(self, but: Engine | None = None) -> None:
+        """Take back what no call needs at the moment."""
+        for other in list(self._inside):
+            if other is not but and not any(u.depth for u in other.units):
+                other.settle()
+                self._inside.discard(other)
+
+    def forget(self) -> None:
+        self._evictions.clear()
+
+
+_rooms: dict[torch.device, Shared] = {}
+_ATTRIBUTE = "_effusion_engine"
+
+
+def room_on(device: torch.device) -> Shared:
+    if device not in _rooms:
+        _rooms[device] = Shared(device)
+    return _rooms[device]
+
+
+def engine_of(module: nn.Module) -> Engine | None:
+    """The engine that serves ``module`` as a component, if one does."""
+    found = module.__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, Engine) else None
+
+
+def engine_for(module: nn.Module, name: str = "") -> Engine:
+    """The engine that serves ``module`` as a component, made if there is none."""
+    engine = engine_of(module)
+    if engine is None:
+        engine = module.__dict__[_ATTRIBUTE] = Engine(module, name)
+    return engine
+
+
+def neighbours(module: nn.Module) -> list[Engine]:
+    """Engines that serve a part of ``module``, or something that ``module`` is part of."""
+    inside = {id(m) for m in module.modules()}
+    found = []
+    for engine in list(_engines):
+        root = engine._root()
+        if root is None or root is module or not (engine.units or engine.transforms):
+            continue
+        if id(root) in inside or any(m is module for m in root.modules()):
+            found.append(engine)
+    return found
+
+
+def _above(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    return {child: module for module in root.modules() for child in module.children()}
+
+
+class _Straight(torch.autograd.Function):
+    """Forward: the fetched weight. Backward: the gradient goes to the resting one."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, tensor: Tensor) -> Tensor:
+        ctx.home = rest.device, rest.dtype
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        device, dtype = ctx.home
+        return grads[0].to(device=device, dtype=dtype), None
+
+
+def _lent(tensor: Tensor, rest: Tensor) -> Tensor:
+    fresh = tensor.data  # counts its changes in place from zero
+    if not isinstance(rest, nn.Parameter):
+        return fresh
+    if rest.requires_grad and torch.is_grad_enabled():
+        return _Straight.apply(rest, fresh)  # type: ignore[no-any-return]
+    lent = nn.Parameter(fresh, requires_grad=False)
+    if rest.__dict__:
+        lent.__dict__.update(rest.__dict__)
+    return lent
+
+
+def _copied(value: Any, which: Callable[[Tensor], bool]) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone() if which(value) else value
+    if isinstance(value, (tuple, list)):
+        items: Sequence[Any] = [_copied(item, which) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            value[key] = _copied(item, which)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            object.__setattr__(value, name, _copied(getattr(value, name, None), which))
+    return value

@@ -1,0 +1,272 @@
+"""Where the bytes of a resting weight come from: memory, or slices of files read with ``pread``.
+
+A weight that was loaded from a file is a view of a private mapping of that file. Reading it through
+the mapping would fill this process with pages that nobody counts; reading the same bytes with
+``pread`` into a buffer that is used again costs no memory beyond the buffer. So the mapping is what
+rests in the module (``state_dict`` and saving see true weights, at no cost), and the slice is what
+is read. Which file, and where in it, is asked of the system: that also finds mappings that other
+libraries made.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.errors import CheckpointError
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_IOV_MAX = 512
+
+
+@dataclass(frozen=True)
+class Span:
+    """``nbytes`` at ``offset`` of an open file."""
+
+    file: OpenFile
+    offset: int
+    nbytes: int
+
+
+class OpenFile:
+    """A file kept open, so that replacing or removing its name changes nothing; changing its bytes is noticed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.stamp = self._stamp()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.fd)
+
+    def _stamp(self) -> tuple[int, int, int, int]:
+        s = os.fstat(self.fd)
+        return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise :class:`CheckpointError` if the bytes of the file were changed since it was opened."""
+        if self._stamp() != self.stamp:
+            raise CheckpointError(
+                f"{self.path} was changed while weights are lent from it; they are no longer what was loaded. "
+                f"Load the model again (files may be replaced or removed at any time, but not written into)"
+            )
+
+    def read(self, target: memoryview, offset: int) -> None:
+        """Fill ``target`` from ``offset``; :class:`CheckpointError` if the file ends before that."""
+        done = 0
+        while done < len(target):
+            got = os.preadv(self.fd, [target[done:]], offset + done)
+            if got <= 0:
+                raise CheckpointError(
+                    f"{self.path} ends at byte {offset + done}, weights were expected up to {offset + len(target)}: "
+                    f"it was truncated while they are lent from it. Load the model again"
+                )
+            done += got
+
+
+_open_files: dict[tuple[int, int], OpenFile] = {}  # (device, inode) -> file; see `release_unused_files`
+
+
+def open_file(path: Path, inode: int | None = None) -> OpenFile | None:
+    """The open file of ``path``; ``None`` if it is gone or is another file than the one with ``inode``."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    if inode is not None and stat.st_ino != inode:
+        return None
+    key = (stat.st_dev, stat.st_ino)
+    if key not in _open_files or _open_files[key]._stamp() != _open_files[key].stamp:
+        _open_files[key] = OpenFile(path)
+    return _open_files[key]
+
+
+def release_unused_files() -> None:
+    """Close the files that no weight refers to any more."""
+    for key in [k for k, f in _open_files.items() if sys.getrefcount(f) <= 3]:
+        del _open_files[key]
+
+
+class Mappings:
+    """The file mappings of this process at one moment: from a tensor to the slice of a file behind it."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._areas: list[tuple[int, int, int, int, str]] = []  # start, end, offset in file, inode, path
+        try:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+        except OSError:  # not Linux: nothing is known to be mapped
+            return
+        for line in lines:
+            fields = line.split(None, 5)
+            if len(fields) < 6 or not fields[5].startswith("/") or fields[5].startswith("/dev/"):
+                continue
+            start, _, end = fields[0].partition("-")
+            inode, path = int(fields[4]), fields[5].replace("\\012", "\n")
+            self._areas.append((int(start, 16), int(end, 16), int(fields[2], 16), inode, path))
+        self._areas.sort()
+        self._starts = [area[0] for area in self._areas]
+
+    def span(self, tensor: Tensor) -> Span | None:
+        """The slice of a file that ``tensor`` is an unchanged view of, or ``None``."""
+        if tensor.device.type != "cpu" or tensor.numel() == 0 or not is_dense(tensor):
+            return None
+        at, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        index = bisect.bisect_right(self._starts, at) - 1
+        if index < 0:
+            return None
+        start, end, offset, inode, path = self._areas[index]
+        if at + nbytes > end or path.endswith(" (deleted)") or changed_in_memory(tensor):
+            return None
+        file = open_file(Path(path), inode)
+        if file is None or offset + (at - start) + nbytes > file.stamp[2]:
+            return None
+        return Span(file, offset + (at - start), nbytes)
+
+
+def changed_in_memory(tensor: Tensor) -> bool:
+    """Whether pages of a privately mapped ``tensor`` were written to, so that the file no longer says what it holds.
+
+    Bit 61 of a page's entry says that it still is the file's; a written page is this process's own.
+    """
+    first = tensor.data_ptr() // _PAGE
+    count = (tensor.data_ptr() + max(tensor.numel() * tensor.element_size(), 1) - 1) // _PAGE - first + 1
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), 8 * count, 8 * first)
+    except OSError:
+        return False
+    entries = torch.frombuffer(bytearray(raw), dtype=torch.int64) if raw else torch.empty(0, dtype=torch.int64)
+    touched = (entries >> 62) != 0  # present, or swapped out
+    return bool((touched & ((entries & (1 << 61)) == 0)).any())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether ``tensor`` covers one piece of memory without holes or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a dense ``tensor`` as bytes, in the order it lies in."""
+    if tensor.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8)
+
+
+# -- folders that weights are offloaded to -------------------------------------------------------------
+
+
+def check_folder(folder: str | os.PathLike[str], nbytes: int) -> Path:
+    """``folder``, made if need be; raises before anything is moved if it can't take ``nbytes``.
+
+    Raises:
+        CheckpointError: not a folder, not writable, or not enough room.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".effusion-probe-{os.getpid()}"
+        probe.write_bytes(b"1")
+        probe.unlink()
+        stat = os.statvfs(path) if hasattr(os, "statvfs") else None
+    except OSError as error:
+        raise CheckpointError(
+            f"weights can't be offloaded to {path}: {error.strerror or error}. Give a folder that can be written to"
+        ) from error
+    if stat is not None and stat.f_bavail * stat.f_frsize < nbytes:
+        raise CheckpointError(
+            f"weights can't be offloaded to {path}: {nbytes} bytes are needed, {stat.f_bavail * stat.f_frsize} are free. "
+            f"Give a folder on a disk with more room"
+        )
+    _sweep(path)
+    return path
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed left behind; their files carry their process id."""
+    for file in folder.glob("effusion-*-*.safetensors"):
+        owner = file.name.split("-")[1]
+        if owner.isdigit() and int(owner) != os.getpid() and not _alive(int(owner)):
+            file.unlink(missing_ok=True)
+    for part in folder.glob(".effusion-*.part"):
+        owner = part.name.split("-")[1]
+        if owner.isdigit() and int(owner) != os.getpid() and not _alive(int(owner)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def write_offload_file(path: Path, tensors: list[Tensor]) -> list[Tensor]:
+    """Write dense ``tensors`` to ``path``; the same tensors again, as views of a mapping of it.
+
+    The order of dimensions in memory (channels last, say) is kept: bytes are written as they lie.
+    Tensors start at multiples of 64 bytes, as they do in memory.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; nothing is left behind.
+    """
+    from ..weights.slices import MappedFile, TensorSlice
+
+    header, offsets = _offload_header(tensors)
+    beside = path.with_name(f".{path.stem}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(header)
+            for tensor, at in zip(tensors, offsets, strict=True):
+                file.write(b"\0" * (at - file.tell()))
+                if tensor.numel():
+                    file.write(memoryview(flat_bytes(tensor).cpu().numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise CheckpointError(f"offloading weights to {path} failed: {error.strerror or error}") from error
+    mapped = MappedFile(path)
+    out = []
+    for tensor, at in zip(tensors, offsets, strict=True):
+        part = TensorSlice(path, at, tensor.numel() * tensor.element_size(), tensor.dtype, (tensor.numel(),))
+        out.append(mapped.tensor(part).as_strided(tensor.shape, tensor.stride()))
+    return out
+
+
+def _offload_header(tensors: list[Tensor]) -> tuple[bytes, list[int]]:
+    """A safetensors header in which every tensor is bytes; gaps between tensors are tensors of padding."""
+    entries, offsets, at = [], [], 0
+    for index, tensor in enumerate(tensors):
+        pad = -at % 64
+        if pad:
+            entries.append(f'"pad.{index}":{{"dtype":"U8","shape":[{pad}],"data_offsets":[{at},{at + pad}]}}')
+            at += pad
+        nbytes = tensor.numel() * tensor.element_size()
+        entries.append(f'"{index}":{{"dtype":"U8","shape":[{nbytes}],"data_offsets":[{at},{at + nbytes}]}}')
+        offsets.append(at)
+        at += nbytes
+    text = ("{" + ",".join(entries) + "}").encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    head = struct.pack("<Q", len(text)) + text
+    return head, [len(head) + offset for offset in offsets]
