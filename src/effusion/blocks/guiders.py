@@ -31,6 +31,38 @@ class ClassifierFree:
         return rescale_noise(guided, positive, self.rescale) if self.rescale > 0 else guided
 
 
+@dataclass
+class SkipLayer(ClassifierFree):
+    """Classifier-free guidance, and away from what the network predicts without some layers (SD 3.5, 2024).
+
+    Between the parts ``start`` and ``stop`` of the steps the positive branch is predicted once more.
+    """
+
+    layers: tuple[int, ...] = ()
+    skip_scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __call__(self, predict: Predict, conds: dict[str, Cond], progress: float = 0.0) -> Tensor:
+        if not self.start < progress < self.stop or "negative" not in conds:
+            return super().__call__(predict, conds, progress)
+        negative, positive = predict([conds["negative"], conds["positive"]])
+        without = predict([conds["positive"]], skip_layers=self.layers)[0]
+        return negative + self.scale * (positive - negative) + self.skip_scale * (positive - without)
+
+
+@dataclass
+class NormPreserving(ClassifierFree):
+    """Classifier-free guidance whose result keeps the positive prediction's norm along the last axis."""
+
+    def __call__(self, predict: Predict, conds: dict[str, Cond], progress: float = 0.0) -> Tensor:
+        if "negative" not in conds:
+            return predict([conds["positive"]])[0]
+        positive, negative = predict([conds["positive"], conds["negative"]])
+        guided = negative + self.scale * (positive - negative)
+        return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
 def rescale_noise(guided: Tensor, positive: Tensor, amount: float) -> Tensor:
     """Pull the standard deviation of ``guided`` towards that of ``positive`` by ``amount`` in 0..1."""
     axes = list(range(1, positive.ndim))

@@ -18,6 +18,11 @@ FACES: dict[str, dict[str, str]] = {
         "image2image": "StableDiffusionXLImg2ImgPipeline",
         "inpaint": "StableDiffusionXLInpaintPipeline",
     },
+    "stable-diffusion-3": {
+        "text2image": "StableDiffusion3Pipeline",
+        "image2image": "StableDiffusion3Img2ImgPipeline",
+        "inpaint": "StableDiffusion3InpaintPipeline",
+    },
     "flux": {
         "text2image": "FluxPipeline",
         "image2image": "FluxImg2ImgPipeline",

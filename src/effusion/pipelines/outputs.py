@@ -35,3 +35,10 @@ class FluxPipelineOutput(BaseOutput):
     """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or packed latents."""
 
     images: Any
+
+
+@dataclass
+class StableDiffusion3PipelineOutput(BaseOutput):
+    """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or latents."""
+
+    images: Any

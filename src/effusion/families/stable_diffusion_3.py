@@ -1,0 +1,218 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): a multimodal rectified-flow transformer with three text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks.guiders import ClassifierFree, SkipLayer
+from ..blocks.text import Prompt, as_list, check_prompts, tokenize
+from ..blocks.timesteps import retrieve_timesteps, start_at_strength
+from ..core.types import Cond, ModelInput
+from . import stable_diffusion as sd
+from .base import Family, predict, setting, with_channels
+from .flux import shift_of
+
+CLIP_TOKENS = 77
+MAX_TOKENS = 512
+
+
+def check(
+    family: Family,
+    components: Mapping[str, Any],
+    prompt: Prompt = None,
+    prompt_2: Prompt = None,
+    prompt_3: Prompt = None,
+    prompt_embeds: Tensor | None = None,
+    pooled_prompt_embeds: Tensor | None = None,
+    negative_prompt: Prompt = None,
+    negative_prompt_2: Prompt = None,
+    negative_prompt_3: Prompt = None,
+    negative_prompt_embeds: Tensor | None = None,
+    negative_pooled_prompt_embeds: Tensor | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    strength: float | None = None,
+    guidance_scale: float = 7.0,
+    num_images_per_prompt: int = 1,
+    max_sequence_length: int = 256,
+    output_type: str = "pil",
+    ip_adapter_image: Any = None,
+    ip_adapter_image_embeds: Any = None,
+) -> dict[str, Any]:
+    """Validate the call; work out batch, size and whether there is a negative branch."""
+    for extra in (prompt_2, prompt_3):
+        check_prompts(extra if extra is not None else prompt, prompt_embeds)
+    for extra in (negative_prompt_2, negative_prompt_3):
+        if extra is not None and negative_prompt_embeds is not None:
+            raise ValueError("a negative prompt and `negative_prompt_embeds` were both given; give one of them")
+    for name, embeds, pooled in (
+        ("prompt_embeds", prompt_embeds, pooled_prompt_embeds),
+        ("negative_prompt_embeds", negative_prompt_embeds, negative_pooled_prompt_embeds),
+    ):
+        if embeds is not None and pooled is None:
+            raise ValueError(f"`{name}` was given without `{name.replace('prompt', 'pooled_prompt')}`; give both")
+    if max_sequence_length is not None and max_sequence_length > MAX_TOKENS:
+        raise ValueError(f"`max_sequence_length` can't be over {MAX_TOKENS}, got {max_sequence_length}")
+    found = sd.check(
+        family, components, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, height, width, strength,
+        guidance_scale, num_images_per_prompt, output_type, ip_adapter_image, ip_adapter_image_embeds,
+    )  # fmt: skip
+    side = family.latent_format(components).downscale * setting(components[family.denoiser], "patch_size", 2)
+    if found["height"] % side or found["width"] % side:
+        raise ValueError(f"`height` and `width` have to be divisible by {side}, got {height} x {width}")
+    return found
+
+
+def encode(
+    components: Mapping[str, Any],
+    device: torch.device,
+    prompt: Prompt = None,
+    prompt_2: Prompt = None,
+    prompt_3: Prompt = None,
+    negative_prompt: Prompt = None,
+    negative_prompt_2: Prompt = None,
+    negative_prompt_3: Prompt = None,
+    prompt_embeds: Tensor | None = None,
+    pooled_prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    negative_pooled_prompt_embeds: Tensor | None = None,
+    num_images_per_prompt: int = 1,
+    guide: bool = True,
+    clip_skip: int | None = None,
+    max_sequence_length: int = 256,
+) -> dict[str, Any]:
+    """CLIP states side by side, then T5's; and both CLIPs' pooled vectors. Any of the three encoders may be missing."""
+    if prompt_embeds is None:
+        texts = [prompt, prompt_2 or prompt, prompt_3 or prompt]
+        positive = _all_three(components, device, [as_list(t) for t in texts], clip_skip, max_sequence_length)
+    else:
+        positive = Cond(tokens=prompt_embeds, pooled=pooled_prompt_embeds)
+    conds = {"positive": positive}
+    if guide:
+        assert positive.tokens is not None
+        if negative_prompt_embeds is None:
+            first = negative_prompt or ""
+            texts = [first, negative_prompt_2 or first, negative_prompt_3 or first]
+            rows = [as_list(t, positive.tokens.shape[0]) for t in texts]
+            negative = _all_three(components, device, rows, None, max_sequence_length)
+        else:
+            negative = Cond(tokens=negative_prompt_embeds, pooled=negative_pooled_prompt_embeds)
+        conds = {"negative": negative, **conds}
+    return {"conds": {k: c.to(device=device).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
+
+
+def _all_three(
+    components: Mapping[str, Any], device: torch.device, texts: list[list[str]], clip_skip: int | None, length: int
+) -> Cond:
+    transformer, count = components["transformer"], len(texts[0])
+    width, pooled_width = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
+    states, pooled = [], []
+    for suffix, prompts in (("", texts[0]), ("_2", texts[1])):
+        encoder = components.get(f"text_encoder{suffix}")
+        if encoder is None:
+            states.append(None)
+            pooled.append(None)
+            continue
+        ids = tokenize(components[f"tokenizer{suffix}"], prompts, CLIP_TOKENS).input_ids.to(device)
+        out = encoder(ids, output_hidden_states=True)
+        states.append(out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)].to(encoder.dtype))
+        pooled.append(out[0])
+    vectors = _fill(pooled, pooled_width, (count,), transformer, device)
+    clip = _fill(states, pooled_width, (count, CLIP_TOKENS), transformer, device)
+    t5 = _t5(components, device, texts[2], length, width)
+    clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
+    return Cond(tokens=torch.cat([clip, t5], dim=-2), pooled=vectors)
+
+
+def _fill(parts: list[Any], width: int, shape: tuple[int, ...], like: Any, device: torch.device) -> Tensor:
+    """The parts side by side, zeros in place of a missing encoder's."""
+    here = sum(p.shape[-1] for p in parts if p is not None)
+    missing = sum(p is None for p in parts)
+    zeros = [torch.zeros(*shape, (width - here) // missing, dtype=like.dtype, device=device)] if missing else []
+    return torch.cat([zeros[0] if p is None else p for p in parts], dim=-1)
+
+
+def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int, width: int) -> Tensor:
+    encoder = components.get("text_encoder_3")
+    if encoder is None:
+        return torch.zeros(len(texts), length, width, dtype=components["transformer"].dtype, device=device)
+    ids = tokenize(components["tokenizer_3"], texts, length, what="T5", add_special_tokens=True).input_ids
+    return encoder(ids.to(device))[0].to(encoder.dtype)
+
+
+def set_timesteps(
+    family: Family,
+    components: Mapping[str, Any],
+    scheduler: Any,
+    device: torch.device,
+    height: int,
+    width: int,
+    num_inference_steps: int = 28,
+    sigmas: Any = None,
+    strength: float | None = None,
+    mu: float | None = None,
+) -> dict[str, Any]:
+    """Flow times; shifted with the size of the picture when the scheduler says so."""
+    options = {}
+    if scheduler.config.get("use_dynamic_shifting", False):
+        side = family.latent_format(components).downscale * setting(components[family.denoiser], "patch_size", 2)
+        options["mu"] = shift_of((height // side) * (width // side), scheduler.config) if mu is None else mu
+    elif mu is not None:
+        options["mu"] = mu
+    steps, count = retrieve_timesteps(scheduler, num_inference_steps, device, sigmas=sigmas, **options)
+    if strength is not None:
+        steps, count = start_at_strength(scheduler, count, strength)
+    if len(steps) < 1:
+        raise ValueError(f"no denoising step is left of {num_inference_steps} at strength {strength}; raise either")
+    return {"timesteps": steps, "num_inference_steps": count}
+
+
+def condition(
+    guidance_scale: float = 7.0,
+    skip_guidance_layers: list[int] | None = None,
+    skip_layer_guidance_scale: float = 2.8,
+    skip_layer_guidance_stop: float = 0.2,
+    skip_layer_guidance_start: float = 0.01,
+) -> dict[str, Any]:
+    """The guider: classifier-free, with skip-layer guidance if layers are named."""
+    if skip_guidance_layers is None:
+        return {"guider": ClassifierFree(guidance_scale)}
+    start, stop = skip_layer_guidance_start, skip_layer_guidance_stop
+    layers = tuple(skip_guidance_layers)
+    return {"guider": SkipLayer(guidance_scale, 0.0, layers, skip_layer_guidance_scale, start, stop)}
+
+
+def call(transformer: Any, inputs: ModelInput) -> Tensor:
+    """Predict the flow from latents, text tokens and pooled text."""
+    x = with_channels(inputs)
+    return predict(
+        transformer,
+        hidden_states=x,
+        timestep=inputs.t.expand(x.shape[0]),
+        encoder_hidden_states=inputs.cond.tokens,
+        pooled_projections=inputs.cond.pooled,
+        joint_attention_kwargs=inputs.attention,
+        skip_layers=list(inputs.skip_layers) if inputs.skip_layers else None,
+        **inputs.residuals,
+    )
+
+
+STABLE_DIFFUSION_3 = Family(
+    name="Stable Diffusion 3",
+    denoiser="transformer",
+    check=check,
+    encode=encode,
+    call=call,
+    condition=condition,
+    schedule=set_timesteps,
+    resizes_image=True,
+    defaults={
+        "text2image": {"num_inference_steps": 28, "guidance_scale": 7.0},
+        "image2image": {"num_inference_steps": 50, "guidance_scale": 7.0, "strength": 0.6},
+        "inpaint": {"num_inference_steps": 50, "guidance_scale": 7.0, "strength": 0.6},
+    },
+)
