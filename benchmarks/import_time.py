@@ -4,36 +4,42 @@ from __future__ import annotations
 
 from . import harness
 
-STATEMENTS = {
-    "torch": "import torch",
-    "effusion": "import torch, effusion",
-    "diffusers": "import torch, diffusers",
-    "ours": "from effusion import StableDiffusionPipeline, UNet2DConditionModel, DDIMScheduler",
-    "peers": "from diffusers import StableDiffusionPipeline, UNet2DConditionModel, DDIMScheduler",
-}
+BEYOND_TORCH = """
+import importlib, time
+import torch
+start = time.perf_counter()
+importlib.import_module(name)
+report(beyond=time.perf_counter() - start)
+"""
+NAMES = """
+import importlib
+library = importlib.import_module(name)
+library.StableDiffusionPipeline, library.UNet2DConditionModel, library.DDIMScheduler
+"""
+TORCH = "import torch"
 
 
 def measure(repeat: int) -> str:
-    """Wall time of each statement, process start and end included."""
-    runs = {name: lambda code=code: harness.child(code)["wall"] for name, code in STATEMENTS.items()}
-    found = harness.alternate(repeat, **runs)
-    more = {n: [a - b for a, b in zip(found[n], found["torch"], strict=True)] for n in ("effusion", "diffusers")}
-    rows = [
-        ["`import torch` alone", "", harness.median(found["torch"]), ""],
-        [
-            "`import` the library, beyond torch",
-            harness.median(more["effusion"], 3),
-            harness.median(more["diffusers"], 3),
-            "",
-        ],
-        [
-            "import a pipeline, a network, a scheduler",
-            harness.median(found["ours"]),
-            harness.median(found["peers"]),
-            harness.ratio(found["ours"], found["peers"]),
-        ],
-    ]
-    return harness.table(["", "Effusion", "peer", "ratio"], rows)
+    """Seconds beyond torch inside the process; wall time of whole processes otherwise."""
+    libraries = (harness.OURS, harness.PEER)
+    beyond = harness.alternate(
+        repeat, **{n: lambda n=n: harness.child(BEYOND_TORCH, name=n)["beyond"] for n in libraries}
+    )
+    whole = harness.alternate(
+        repeat,
+        torch=lambda: harness.child(TORCH)["wall"],
+        **{n: lambda n=n: harness.child(NAMES, name=n)["wall"] for n in libraries},
+    )
+    rows = []
+    for label, found, digits in (
+        ("`import` the library, beyond torch", beyond, 3),
+        ("a process that imports a pipeline, a network and a scheduler", whole, 2),
+    ):
+        ours, peers = found[harness.OURS], found[harness.PEER]
+        columns = [harness.median(ours, digits), harness.median(peers, digits), harness.ratio(ours, peers)]
+        rows.append([label, *columns])
+    text = harness.table(["", "Effusion", "peer", "ratio"], rows)
+    return f"{text}\n\nA process that imports torch alone takes {harness.median(whole['torch'])}."
 
 
 if __name__ == "__main__":

@@ -109,9 +109,10 @@ def measure(repeat: int) -> str:
             rows += rows_of(f"{stored} file as float32", runs)
             first = runs[harness.OURS][0]
             over = statistics.median(r["all"] for r in runs[harness.OURS]) - first["weights"]
+            weights, largest = harness.gib([first["weights"]]), first["largest"] / 2**20
             notes.append(
-                f"{stored}: with every weight read, Effusion's peak is the weights "
-                f"({first['weights'] / 2**30:.2f} GiB) and {over / 2**20:.0f} MiB more; the largest tensor has {first['largest'] / 2**20:.0f} MiB."
+                f"{stored}: every weight read, Effusion's peak is the weights ({weights}) "
+                f"and {over / 2**20:.0f} MiB more; the largest tensor has {largest:.0f} MiB."
             )
     text = harness.table(["", "Effusion", "peer", "ratio"], rows)
     return f"{text}\n\n" + "\n".join(f"- {note}" for note in notes)

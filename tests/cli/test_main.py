@@ -32,9 +32,8 @@ def test_help_and_version(capsys) -> None:
     assert capsys.readouterr().out.split() == ["effusion", effusion.__version__]
     assert status_of("generate", "--help") == 0
     options = capsys.readouterr().out
-    for (
-        option
-    ) in "model seed steps guidance negative size num-images scheduler image mask strength dtype device".split():
+    wanted = ("model", "seed", "steps", "guidance", "negative", "size", "num-images", "scheduler", "image", "mask")
+    for option in (*wanted, "strength", "dtype", "device", "out"):
         assert f"--{option}" in options
 
 

@@ -61,12 +61,53 @@ def test_classes_have_the_same_paths_as_in_the_peer() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("path", sorted(aliases.PATHS))
-def test_the_ecosystems_paths_resolve(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("configuration_utils", "register_to_config"),
+        ("image_processor", "PipelineImageInput"),
+        ("utils.loading_utils", "load_image"),
+        ("utils.export_utils", "export_to_gif"),
+        ("utils.logging", "get_logger"),
+        ("utils.outputs", "BaseOutput"),
+        ("utils.pil_utils", "make_image_grid"),
+        ("utils.torch_utils", "randn_tensor"),
+        ("models.modeling_utils", "ModelMixin"),
+        ("models.attention_processor", "Attention"),
+        ("models.embeddings", "Timesteps"),
+        ("models.normalization", "RMSNorm"),
+        ("models.resnet", "ResnetBlock2D"),
+        ("models.autoencoders.vae", "DiagonalGaussianDistribution"),
+        ("models.unets", "UNet2DConditionModel"),
+        ("models.unets.unet_2d_condition", "UNet2DConditionOutput"),
+        ("models.unet_2d_condition", "UNet2DConditionModel"),
+        ("pipelines.stable_diffusion", "StableDiffusionPipelineOutput"),
+        ("pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"),
+        ("pipelines.pipeline_utils", "ImagePipelineOutput"),
+        ("schedulers.scheduling_utils", "SchedulerMixin"),
+        ("schedulers.scheduling_ddim", "DDIMSchedulerOutput"),
+        ("callbacks", "PipelineCallback"),
+        ("modular_pipelines", "ModularPipeline"),
+    ],
+)
+def test_the_ecosystems_paths_resolve(path: str, name: str) -> None:
     module = importlib.import_module(f"effusion.{path}")
+    assert getattr(module, name) is not None
     assert dir(module)
     with pytest.raises(AttributeError, match="no_such_name"):
         module.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("path", ["nothing", "models.nothing", "pipelines.nothing", "schedulers.nothing"])
+def test_other_paths_do_not_exist(path: str) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"effusion.{path}")
+
+
+def test_every_rule_leads_somewhere() -> None:
+    for _, homes in aliases.RULES:
+        for home in homes:
+            importlib.import_module(f"effusion.{home}")
 
 
 def test_names_of_utils_equal_the_peers() -> None:

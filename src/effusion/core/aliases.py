@@ -1,38 +1,82 @@
-"""Module paths of the ecosystem, for scripts that import from below the top: ``effusion.utils.torch_utils``, ….
+"""Module paths of the ecosystem, for scripts that import from below the top: ``schedulers.scheduling_ddim``, ….
 
-One table instead of a file each. A path is a lazy view: its names are looked up in the modules on the right when they
-are used. Files that exist come first; a path that is in neither raises ``ModuleNotFoundError`` as usual.
+A few rules instead of a file each. Such a path is a view: its names are looked up where they live when they are used.
+Files that exist come first; a path that no rule knows raises ``ModuleNotFoundError`` as usual.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
 from types import ModuleType
 from typing import Any
 
+from . import registry
+
 ROOT = __name__.split(".")[0]
 
-# path in the ecosystem -> where its names live here; all relative to the library
-PATHS: dict[str, tuple[str, ...]] = {
-    "configuration_utils": ("core.config",),
-    "image_processor": ("blocks.images",),
-    "utils.export_utils": ("blocks.video",),
-    "utils.loading_utils": ("blocks.pictures",),
-    "utils.logging": ("core.log",),
-    "utils.outputs": ("core.outputs",),
-    "utils.pil_utils": ("blocks.pictures", "blocks.images"),
-    "models.modeling_utils": ("models.base",),
-}
+# path in the ecosystem, below the library -> modules that have its names; a package stands for all that the registry
+# lists in it. The first rule that matches the whole path counts.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"configuration_utils", ("core.config",)),
+    (r"image_processor", ("blocks.images",)),
+    (r"callbacks", ("pipelines.callbacks",)),
+    (r"utils\.export_utils", ("blocks.video",)),
+    (r"utils\.loading_utils", ("blocks.pictures",)),
+    (r"utils\.logging", ("core.log",)),
+    (r"utils\.outputs", ("core.outputs",)),
+    (r"utils\.pil_utils", ("blocks.pictures", "blocks.images")),
+    (r"models\.modeling_utils", ("models.base",)),
+    (r"models\.attention_processor", ("nn.attention",)),
+    (r"models\.embeddings", ("nn.embeddings", "nn.conditioning", "nn.rotary", "nn.patch")),
+    (r"models\.normalization", ("nn.norms", "nn.modulation")),
+    (r"models\.resnet", ("nn.resnet",)),
+    (r"models\.autoencoders\.vae", ("nn.vae",)),
+    (r"models\.(autoencoders|controlnets|transformers|unets)(\.\w+)?", ("models",)),
+    (r"models\.unet_2d(_condition)?", ("models",)),
+    (r"pipelines\.stable_diffusion\.safety_checker", ("models.safety_checker",)),
+    (r"pipelines\.(auto_pipeline|pipeline_utils|ddim|ddpm|latent_consistency_models)", ("pipelines",)),
+    (r"pipelines\.\w+\.pipeline_\w+", ("pipelines",)),
+    (r"modular_pipelines(\.modular_pipeline)?", ("pipelines",)),
+    (r"schedulers\.scheduling_\w+", ("schedulers",)),
+)
+_PACKAGES = re.compile(r"models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+")
 
 
 def install() -> None:
     """Make the paths importable; once per process."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Opener())
         sys.meta_path.append(_Finder())
+
+
+def _homes(path: str) -> tuple[str, ...]:
+    return next((homes for rule, homes in RULES if re.fullmatch(rule, path)), ())
+
+
+class _Opener(MetaPathFinder):
+    """A family's pipelines are one file here and a package there: lets paths below the file be asked for at all."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(f"{ROOT}.pipelines.") or fullname.count(".") != 2:
+            return None
+        found = PathFinder.find_spec(fullname, path)
+        if found is None or found.origin is None or found.submodule_search_locations is not None:
+            return found
+        return spec_from_file_location(fullname, found.origin, loader=_OpenLoader(fullname, found.origin))
+
+
+class _OpenLoader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        module.__path__ = []
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -40,27 +84,32 @@ class _Finder(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         root, _, rest = fullname.partition(".")
-        if root != ROOT or rest not in PATHS:
+        if root != ROOT or not _homes(rest):
             return None
-        return ModuleSpec(fullname, self, is_package=any(name.startswith(rest + ".") for name in PATHS))
+        return ModuleSpec(fullname, self, is_package=bool(_PACKAGES.fullmatch(rest)))
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        targets = [f"{ROOT}.{name}" for name in PATHS[module.__name__.partition(".")[2]]]
-        module.__doc__ = f"The names of {', '.join(targets)} under the ecosystem's path."
+        homes = [f"{ROOT}.{home}" for home in _homes(module.__name__.partition(".")[2])]
+        module.__doc__ = f"Names of {', '.join(homes)} under the ecosystem's path."
 
         def __getattr__(name: str) -> Any:
             if not name.startswith("__"):
-                for target in targets:
-                    found = importlib.import_module(target)
-                    if hasattr(found, name):
+                for home in _modules(homes, name):
+                    if hasattr(found := importlib.import_module(home), name):
                         return getattr(found, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         def __dir__() -> list[str]:
-            found = (importlib.import_module(target) for target in targets)
-            return sorted({name for m in found for name in dir(m) if not name.startswith("_")})
+            return sorted({name for home in homes for name in dir(importlib.import_module(home)) if name[0] != "_"})
 
         module.__dict__.update(__getattr__=__getattr__, __dir__=__dir__)
+
+
+def _modules(homes: Sequence[str], name: str) -> Iterator[str]:
+    """Where to look for ``name``: its registered module first, so that no other is imported for a public name."""
+    for home in homes:
+        registered = registry.names_under(home)
+        yield from [registered[name]] if name in registered else [home, *dict.fromkeys(registered.values())]
