@@ -55,8 +55,6 @@ class AutoencoderKL(SlicingMixin, AttentionMixin, ModelMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]
-    _repeated_blocks: list[str] = []
-    _skip_layerwise_casting_patterns: list[str] | None = None
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
     # parts of keys in files saved before 2023 -> what they are called now
     _legacy_keys = {

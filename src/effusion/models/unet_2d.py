@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from ..nn import fresh
 from ..nn.attention import AttentionMixin
 from ..nn.conditioning import GaussianFourierProjection
 from ..nn.embeddings import TimestepEmbedding, Timesteps
-from ..nn.feed_forward import activation
 from ..nn.unet_blocks import MID, Settings, build_down, build_up, find_block
 from .base import ModelMixin
 
@@ -33,8 +33,6 @@ class UNet2DModel(AttentionMixin, ModelMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: list[str] | None = None
-    _repeated_blocks: list[str] = []
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -84,7 +82,7 @@ class UNet2DModel(AttentionMixin, ModelMixin):
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
         time_dim = time_embedding_dim or block_out_channels[0] * 4
         self._build_time(block_out_channels[0], time_dim, flip_sin_to_cos, freq_shift, num_train_timesteps)
-        self._build_class(num_class_embeds, time_dim, act_fn)
+        self._build_class(num_class_embeds, time_dim)
 
         common = Settings(
             temb_channels=time_dim,
@@ -111,7 +109,7 @@ class UNet2DModel(AttentionMixin, ModelMixin):
         )
         groups = norm_num_groups if norm_num_groups is not None else min(block_out_channels[0] // 4, 32)
         self.conv_norm_out = nn.GroupNorm(groups, block_out_channels[0], eps=norm_eps)
-        self.conv_act = activation(act_fn)
+        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
 
     def _build_time(self, width: int, time_dim: int, flip: bool, shift: int, steps: int | None) -> None:
@@ -129,13 +127,13 @@ class UNet2DModel(AttentionMixin, ModelMixin):
             raise ValueError(f"time_embedding_type {kind!r} is not supported; there are {allowed}")
         self.time_embedding = TimestepEmbedding(2 * width if kind == "fourier" else width, time_dim)
 
-    def _build_class(self, classes: int | None, time_dim: int, act_fn: str) -> None:
+    def _build_class(self, classes: int | None, time_dim: int) -> None:
         kind = self.class_embed_type
         self.class_embedding: nn.Module | None = None
         if kind is None and classes is not None:
             self.class_embedding = nn.Embedding(classes, time_dim)
         elif kind == "timestep":
-            self.class_embedding = TimestepEmbedding(self.time_embedding.linear_1.in_features, time_dim, act_fn)
+            self.class_embedding = TimestepEmbedding(self.time_embedding.linear_1.in_features, time_dim)
         elif kind == "identity":
             self.class_embedding = nn.Identity()
         elif kind is not None:
@@ -169,6 +167,7 @@ class UNet2DModel(AttentionMixin, ModelMixin):
 
         x = self.conv_in(x)
         skips = [x]
+        block: Any
         for block in self.down_blocks:
             x, kept = block(x, emb)
             skips.extend(kept)
@@ -176,7 +175,7 @@ class UNet2DModel(AttentionMixin, ModelMixin):
             x = self.mid_block(x, emb)
         for block in self.up_blocks:
             x = block(x, [skips.pop() for _ in block.resnets][::-1], emb)
-        x = self.conv_out(fresh.version_of(self.conv_act)(self.conv_norm_out(x)))
+        x = self.conv_out(fresh.silu(self.conv_norm_out(x)))
         if self.time_embedding_type == "fourier":
             x = x / times.view(-1, 1, 1, 1)
         return UNet2DOutput(sample=x) if return_dict else (x,)

@@ -330,6 +330,7 @@ class UNet2DConditionModel(ConditioningMixin, AttentionMixin, ModelMixin):
         """Down, middle, up: ``(B, C, H, W)``, both."""
         odd = any(side % 2**self.num_upsamplers for side in x.shape[-2:])
         skips = [x]
+        block: Any
         for block in self.down_blocks:
             more = inner.pop(0) if inner else None
             if block.has_cross_attention:

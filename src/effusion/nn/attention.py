@@ -35,6 +35,9 @@ class Attention(nn.Module):
         rescale_output_factor: the result is divided by it, after ``residual_connection`` added the input.
     """
 
+    to_qkv: nn.Linear  # after fuse_projections
+    to_kv: nn.Linear
+
     def __init__(
         self,
         query_dim: int,
@@ -81,7 +84,8 @@ class Attention(nn.Module):
 
         self.spatial_norm = None
         self.group_norm = nn.GroupNorm(norm_num_groups, query_dim, eps=eps) if norm_num_groups is not None else None
-        self.norm_q, self.norm_k = _head_norm(qk_norm, dim_head, eps), _head_norm(qk_norm, dim_head, eps)
+        self.norm_q = _head_norm(qk_norm, dim_head, eps)
+        self.norm_k = _head_norm(qk_norm, dim_head, eps)
         # the layer norm of published networks is as wide as the queries, the group norm as the context
         context_dim = added_kv_proj_dim if cross_attention_norm == "group_norm" else None
         self.norm_cross = _context_norm(
