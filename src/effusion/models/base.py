@@ -15,6 +15,9 @@ from ..core.config import ConfigMixin
 from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
 from ..nn.dispatch import AttentionBackendMixin
+from ..placement.casting import compute_dtype
+from ..placement.policies import execution_device
+from ..placement.switches import MemorySwitches
 from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared
 
@@ -23,7 +26,7 @@ Self = TypeVar("Self", bound="ModelMixin")
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
-class ModelMixin(AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
+class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
     """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved.
 
     Class attributes that a network may set:
@@ -44,7 +47,9 @@ class ModelMixin(AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, C
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter that is not kept in float32 on purpose."""
+        """The dtype that is computed with: that of the first parameter that is not kept in float32 on purpose."""
+        if (compute := compute_dtype(self)) is not None:
+            return compute
         keep = set(self._keep_in_fp32_modules or ())
         floats = [(n, p.dtype) for n, p in self.named_parameters() if p.is_floating_point()]
         free = (d for n, d in floats if not keep & set(n.split(".")))
@@ -52,8 +57,8 @@ class ModelMixin(AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, C
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        """Where the network computes, wherever its weights rest."""
+        return execution_device(self)
 
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, then the configuration: ``model.sample_size`` is ``model.config.sample_size``."""

@@ -69,7 +69,7 @@ class MemorySwitches:
             compute_dtype: what they are decoded to; the dtype of the network if not given.
         """
         assert isinstance(self, nn.Module)
-        if skip_modules_pattern is None and skip_modules_classes is None:
+        if skip_modules_pattern is None:
             patterns: list[str] = list(casting.DEFAULT_SKIP_MODULES_PATTERN)
         else:
             given = (skip_modules_pattern,) if isinstance(skip_modules_pattern, str) else skip_modules_pattern
