@@ -26,6 +26,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"configuration_utils", ("core.config",)),
     (r"image_processor", ("blocks.images",)),
     (r"callbacks", ("pipelines.callbacks",)),
+    (r"hooks(\.(group_offloading|layerwise_casting))?", ("placement.policies", "placement.casting")),
     (r"utils\.export_utils", ("blocks.video",)),
     (r"utils\.loading_utils", ("blocks.pictures",)),
     (r"utils\.logging", ("core.log",)),
@@ -45,7 +46,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"modular_pipelines(\.modular_pipeline)?", ("pipelines",)),
     (r"schedulers\.scheduling_\w+", ("schedulers",)),
 )
-_PACKAGES = re.compile(r"models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+")
+_PACKAGES = re.compile(r"hooks|models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+")
 
 
 def install() -> None:

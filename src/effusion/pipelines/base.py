@@ -17,6 +17,7 @@ from ..core import log
 from ..core.config import ConfigMixin
 from ..core.types import State, Step
 from ..families.base import Family
+from ..placement.pipeline_switches import PipelineSwitches
 from . import loading
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
@@ -25,7 +26,7 @@ logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(ConfigMixin):
+class DiffusionPipeline(PipelineSwitches, ConfigMixin):
     """Components (networks, tokenizers, a scheduler) and a way to run them.
 
     Load any pipeline with :meth:`from_pretrained`; the folder says which class it is.
@@ -93,21 +94,6 @@ class DiffusionPipeline(ConfigMixin):
     def device(self) -> torch.device:
         """Where the first network is."""
         return next((m.device for m in self.modules.values()), torch.device("cpu"))  # type: ignore[misc]
-
-    @property
-    def _execution_device(self) -> torch.device:
-        """Where the networks compute, wherever their weights rest."""
-        return self.device
-
-    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast every network, as ``torch.nn.Module.to`` does: ``to(device, dtype)`` in any order.
-
-        ``silence_dtype_warnings`` is accepted for compatibility.
-        """
-        kwargs.pop("silence_dtype_warnings", None)
-        for module in self.modules.values():
-            module.to(*args, **kwargs)
-        return self
 
     # -- loading and saving ----------------------------------------------------------------------
 
@@ -307,9 +293,6 @@ class DiffusionPipeline(ConfigMixin):
         if not state.get("return_dict", True):
             return values
         return self.output_class(*values)
-
-    def maybe_free_model_hooks(self) -> None:
-        """Let go of what a run brought to the device; a no-op unless a memory policy says otherwise."""
 
     # -- what callbacks read ---------------------------------------------------------------------
 
