@@ -116,7 +116,7 @@ class PixArtBlock(nn.Module):
         vectors: Tensor,
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """``(B, L, D)``, masks ``(B, 1, L)``, text ``(B, S, D')``, masks ``(B, 1, S)``, ``(B, 6 * D)`` -> ``(B, L, D)``."""
+        """``(B, L, D)``, text ``(B, S, D')``, masks ``(B, 1, L or S)``, vectors ``(B, 6 * D)`` -> ``(B, L, D)``."""
         table = self.scale_shift_table + vectors.unflatten(1, (6, -1))  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)
         x = modulate(self.norm1(hidden_states), shift1, scale1)
