@@ -94,10 +94,13 @@ class MemorySwitches:
     # -- devices and dtypes ------------------------------------------------------------------------
 
     @property
-    def hf_device_map(self) -> dict[str, Any] | None:
-        """Which part of the network is where; ``None`` if it was not placed by a map."""
+    def hf_device_map(self) -> dict[str, Any]:
+        """Which part of the network is where; no such attribute if it was not placed by a map (`accelerate` asks)."""
         assert isinstance(self, nn.Module)
-        return maps.device_map_of(self)
+        placed = maps.device_map_of(self)
+        if placed is None:
+            raise AttributeError(f"{type(self).__name__} was not placed by a device map")
+        return placed
 
     def apply_device_map(
         self,
