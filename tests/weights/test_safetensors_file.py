@@ -90,7 +90,7 @@ def test_a_replaced_file_leaves_old_mappings_alone(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write(tmp_path / "f", {"x": torch.ones(2)})
     before = (tmp_path / "f").read_bytes()
-    with pytest.raises(ValueError, match="y: .*meta"):
+    with pytest.raises(ValueError, match=r"y: .*meta"):
         write(tmp_path / "f", {"x": torch.ones(2), "y": torch.ones(2, device="meta")})
     assert (tmp_path / "f").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
