@@ -62,6 +62,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.autoencoder_tiny": ("AutoencoderTiny", "AutoencoderTinyOutput"),
     "effusion.models.autoencoder_asym_kl": ("AsymmetricAutoencoderKL",),
     "effusion.nn.vae": ("AutoencoderKLOutput", "DecoderOutput"),
+    "effusion.models.controlnet": ("ControlNetModel", "MultiControlNetModel"),
     "effusion.models.controlnet_flux": ("FluxControlNetModel", "FluxMultiControlNetModel"),
     "effusion.models.controlnet_sd3": ("SD3ControlNetModel", "SD3MultiControlNetModel"),
     "effusion.models.flux_redux": ("ReduxImageEncoder",),
@@ -113,6 +114,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
     ),
+    "effusion.pipelines.pixart": ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    "effusion.pipelines.dit": ("DiTPipeline",),
     "effusion.pipelines.flux": (
         "FluxPipeline",
         "FluxImg2ImgPipeline",

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..core.config import register_to_config
 from ..nn import checkpointing
 from ..nn.attention import AttentionMixin
-from ..nn.dit_blocks import AdaLayerNormSingle, PixArtBlock, additive
+from ..nn.dit_blocks import AdaLayerNormSingle, PixArtBlock
 from ..nn.embeddings import PixArtAlphaTextProjection
+from ..nn.masks import additive
 from ..nn.modulation import modulate
 from ..nn.patch import PatchEmbed, unpatchify
 from .base import ModelMixin

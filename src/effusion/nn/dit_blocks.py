@@ -14,13 +14,6 @@ from .feed_forward import FeedForward
 from .modulation import add_gated, modulate
 
 
-def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``(B, S)`` of 1 (seen) and 0 as numbers to add to scores, ``(B, 1, S)``; other masks stay as they are."""
-    if mask is None or mask.ndim != 2:
-        return mask
-    return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
-
-
 class AdaLayerNormSingle(nn.Module):
     """PixArt's modulation: one projection of the time for all blocks, to which each adds a table (Chen et al., 2023).
 
