@@ -14,7 +14,7 @@ import torch
 from effusion.core.config import register_to_config
 from effusion.models.base import ModelMixin
 
-LAYERS, WIDTH = 24, 1024  # 24 tensors of 4 MiB in float32
+LAYERS, WIDTH = 16, 1024  # 16 tensors of 4 MiB in float32
 TENSOR = WIDTH * WIDTH * 4
 SLACK = 12 << 20  # allocator, page tables, Python
 

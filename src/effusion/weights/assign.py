@@ -179,7 +179,7 @@ def rename(checkpoint: Checkpoint, table: Mapping[str, str], wanted: Mapping[str
 def _renamed(name: str, table: Mapping[str, str], wanted: Mapping[str, Any]) -> str:
     dotted = f".{name}."
     for old, new in table.items():
-        candidate = dotted.replace(f".{old}.", f".{new}.").strip(".")
+        candidate = dotted.replace(f".{old.strip('.')}.", f".{new.strip('.')}.").strip(".")
         if candidate != name:
             dotted = f".{candidate}."
     result = dotted.strip(".")

@@ -137,7 +137,8 @@ class Prepared(Generic[Model]):
             logger.warning(
                 "%s.from_pretrained: the arguments %s are unknown and ignored", model_class.__name__, strange
             )
-        model.register_to_config(_name_or_path=name)
+        version = {"_diffusers_version": config["_diffusers_version"]} if "_diffusers_version" in config else {}
+        model.register_to_config(_name_or_path=name, **version)
         return cls.over(model, checkpoint, options, model_class)
 
     @classmethod
