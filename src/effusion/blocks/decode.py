@@ -30,6 +30,7 @@ def decode(
     generator: Generators = None,
     image: Tensor | None = None,
     mask_pixels: Tensor | None = None,
+    final_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Latents to pictures (PIL, numpy (B, H, W, 3), torch (B, 3, H, W) in 0..1), or latents as they are."""
     if output_type == "latent":
@@ -40,10 +41,24 @@ def decode(
     if mask_pixels is not None and getattr(vae, "takes_mask", False):
         condition = {"image": image.to(device, vae.dtype), "mask": mask_pixels.to(device, vae.dtype)}  # type: ignore[union-attr]
     pixels = decode_to_pixels(family, vae, latents, generator, **condition)
+    if final_size is not None:
+        pixels = resize_and_crop(pixels, *final_size)
     pixels, flags = check_safety(components, pixels, image_processor, device, latents.dtype)
     normalized = [True] * pixels.shape[0] if flags is None else [not flag for flag in flags]
     images = image_processor.postprocess(pixels, output_type=output_type, do_denormalize=normalized)
     return {"images": images, "nsfw_content_detected": flags}
+
+
+def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Scale (B, C, H, W) to cover ``height`` x ``width`` and cut out the middle."""
+    rows, columns = pixels.shape[-2:]
+    if (rows, columns) == (height, width):
+        return pixels
+    ratio = max(height / rows, width / columns)
+    size = (int(rows * ratio), int(columns * ratio))
+    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pixels[:, :, top : top + height, left : left + width]
 
 
 def check_safety(

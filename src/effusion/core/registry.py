@@ -66,6 +66,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.controlnet_flux": ("FluxControlNetModel", "FluxMultiControlNetModel"),
     "effusion.models.controlnet_sd3": ("SD3ControlNetModel", "SD3MultiControlNetModel"),
     "effusion.models.flux_redux": ("ReduxImageEncoder",),
+    "effusion.models.transformer_2d": ("Transformer2DModel",),
     "effusion.models.transformer_dit": ("DiTTransformer2DModel",),
     "effusion.models.transformer_flux": ("FluxTransformer2DModel",),
     "effusion.models.transformer_pixart": ("PixArtTransformer2DModel",),

@@ -153,9 +153,12 @@ def condition(
     if config.get("requires_aesthetics_score", False):
         ends = ((aesthetic_score,), (negative_aesthetic_score,))
     positive = (*original, *crops_coords_top_left, *ends[0])
-    negative = positive
-    if ends[0] != target or (negative_original_size is not None and negative_target_size is not None):
-        negative = (*(negative_original_size or original), *negative_crops_coords_top_left, *ends[1])
+    negative = (*(negative_original_size or original), *negative_crops_coords_top_left, *ends[1])
+    # Where the ecosystem leaves the caller's negative sizes out, so do we, for the same numbers.
+    if ends[0] == target and task == "text2image" and not (negative_original_size and negative_target_size):
+        negative = positive
+    elif ends[0] == target and task != "text2image":
+        negative = (*(negative_original_size or original), *crops_coords_top_left, *ends[1])
     _check_ids(components[family.denoiser], components, conds["positive"], len(positive))
     numbers = [negative, positive] if "negative" in conds else [positive]
     dtype = latents.dtype

@@ -216,7 +216,8 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
     def _generate(self, arguments: Mapping[str, Any]) -> Any:
         """Run with ``locals()`` of a face's ``__call__``; returns its output class, or a tuple."""
         inputs = {k: v for k, v in arguments.items() if k not in ("self", "kwargs", "__class__")}
-        inputs |= self._legacy_callback(dict(arguments.get("kwargs") or {}))
+        extra = {k: inputs.pop(k) for k in ("callback", "callback_steps") if k in inputs}
+        inputs |= self._legacy_callback({**extra, **(arguments.get("kwargs") or {})})
         state = self._begin(inputs)
         callback, names = self._callback_of(state)
         bar: Any = None

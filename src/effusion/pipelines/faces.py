@@ -23,6 +23,9 @@ FACES: dict[str, dict[str, str]] = {
         "image2image": "StableDiffusion3Img2ImgPipeline",
         "inpaint": "StableDiffusion3InpaintPipeline",
     },
+    "pixart-alpha": {"text2image": "PixArtAlphaPipeline"},
+    "pixart-sigma": {"text2image": "PixArtSigmaPipeline"},
+    "dit": {"text2image": "DiTPipeline"},
     "flux": {
         "text2image": "FluxPipeline",
         "image2image": "FluxImg2ImgPipeline",
