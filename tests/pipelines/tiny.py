@@ -69,7 +69,9 @@ def scheduler(name: str = "DDIMScheduler", **options: Any) -> Any:
     return getattr(diffusers, name)(**base, **options)
 
 
-def stable_diffusion(folder: Path, in_channels: int = 4, schedule: str = "DDIMScheduler", **unet_options: Any) -> dict[str, Any]:
+def stable_diffusion(
+    folder: Path, in_channels: int = 4, schedule: str = "DDIMScheduler", **unet_options: Any
+) -> dict[str, Any]:
     """Components of a tiny Stable Diffusion 1.x."""
     return {
         "vae": vae(),
@@ -96,3 +98,47 @@ def stable_diffusion_xl(
         "unet": xl_unet(in_channels, 32 if refiner else 64, 5 if refiner else 6),
         "scheduler": scheduler(schedule),
     }
+
+
+def v_prediction() -> Any:
+    """The scheduler of Stable Diffusion 2.x at 768 pixels."""
+    return scheduler("DDIMScheduler", prediction_type="v_prediction")
+
+
+def safety(folder: Path, seed: int = 7) -> dict[str, Any]:
+    """A safety checker and its feature extractor."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 16, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "image_size": SIZE, "patch_size": 8}, projection_dim=16)
+    return {
+        "safety_checker": StableDiffusionSafetyChecker(config).eval(),
+        "feature_extractor": CLIPImageProcessor(crop_size=SIZE, size=SIZE),
+    }
+
+
+def asymmetric_vae(seed: int = 8) -> diffusers.AsymmetricAutoencoderKL:
+    torch.manual_seed(seed)
+    return diffusers.AsymmetricAutoencoderKL(
+        down_block_out_channels=(8, 16), up_block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=SIZE,
+        layers_per_down_block=1, layers_per_up_block=1,
+    ).eval()  # fmt: skip
+
+
+def tiny_vae(seed: int = 9) -> diffusers.AutoencoderTiny:
+    torch.manual_seed(seed)
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    ).eval()  # fmt: skip
+
+
+def unconditional_unet(seed: int = 10) -> diffusers.UNet2DModel:
+    torch.manual_seed(seed)
+    return diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip

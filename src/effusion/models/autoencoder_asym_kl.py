@@ -73,6 +73,7 @@ class AsymmetricAutoencoderKL(AttentionMixin, ModelMixin):
     """
 
     _supports_gradient_checkpointing = True
+    takes_mask = True  # `decode` wants the picture and the mask
     _skip_layerwise_casting_patterns = ["decoder"]
 
     @register_to_config

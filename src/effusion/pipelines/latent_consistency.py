@@ -15,6 +15,7 @@ class LatentConsistencyBase(StableDiffusionBase):
 
     family = LATENT_CONSISTENCY
     model_cpu_offload_seq = "text_encoder->unet->vae"
+    _scheduler_settings = {}
     _callback_tensor_inputs = ["latents", "denoised", "prompt_embeds", "w_embedding"]
 
     @property

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..core import log
 from ..core.types import State
 from ..families import stable_diffusion as sd
 from .base import DiffusionPipeline
 from .outputs import StableDiffusionPipelineOutput
+
+logger = log.get_logger(__name__)
 
 
 class StableDiffusionBase(DiffusionPipeline):
@@ -22,6 +27,8 @@ class StableDiffusionBase(DiffusionPipeline):
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    # what the schedulers of these networks have to say, and those of the first checkpoints don't
+    _scheduler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def __init__(
         self,
@@ -38,6 +45,9 @@ class StableDiffusionBase(DiffusionPipeline):
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a `safety_checker` needs a `feature_extractor`; give both, or neither")
+        _put_right(scheduler, self._scheduler_settings)
+        if self._scheduler_settings and _is_older(unet, (0, 9)) and unet.config.sample_size < 64:
+            _put_right(unet, {"sample_size": 64})
         self._register(locals())
 
     def encode_prompt(
@@ -65,6 +75,23 @@ class StableDiffusionBase(DiffusionPipeline):
         if not state.get("return_dict", True):
             return state.images, flags
         return self.output_class(images=state.images, nsfw_content_detected=flags)
+
+
+def _put_right(component: Any, settings: Mapping[str, Any]) -> None:
+    """Change entries of the configuration that files of old have wrong, as the ecosystem does."""
+    config = getattr(component, "config", {})
+    wrong = {k: v for k, v in settings.items() if k in config and config[k] != v}
+    if wrong:
+        name = type(component).__name__
+        logger.warning("%s has %s; taken as %s", name, {k: config[k] for k in wrong}, wrong)
+        component.register_to_config(**wrong)
+
+
+def _is_older(component: Any, version: tuple[int, int]) -> bool:
+    """Whether a component was saved in a format before ``version``."""
+    saved = str(getattr(component, "config", {}).get("_diffusers_version", ""))
+    found = re.match(r"(\d+)\.(\d+)", saved)
+    return found is not None and (int(found[1]), int(found[2])) < version
 
 
 class StableDiffusionPipeline(StableDiffusionBase):
@@ -141,6 +168,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
     """Inpainting with Stable Diffusion 1.x and 2.x, with 9-channel networks and with ordinary ones."""
 
     task = "inpaint"
+    _scheduler_settings = {"steps_offset": 1, "skip_prk_steps": True}
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
 
     def __call__(
