@@ -50,6 +50,13 @@ class Case:
 
 IMAGE = {"image": picture}
 PAINT = {"image": picture, "mask_image": mask, "height": 32, "width": 32}
+CROP = {
+    **PAINT,
+    "image": lambda: picture(64),
+    "mask_image": lambda: mask(64),
+    "padding_mask_crop": 4,
+    "output_type": "pil",
+}
 EMBEDS = {
     "prompt": None,
     "prompt_embeds": lambda: tensor(1, 77, 32),
