@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import prediction
-from .base import Device, SchedulerMixin, combine, like
+from .base import SchedulerMixin, combine, like
 from .noise import Array, NoiseSchedule
 from .spacing import timesteps as spaced
 
@@ -51,18 +50,20 @@ class AlphaScheduler(SchedulerMixin):
         return spaced(c.timestep_spacing, steps, c.num_train_timesteps, c.steps_offset)
 
     @property
-    def _bar(self) -> Array:
-        """ᾱ on the host, in the precision that the table has: coefficients round as the table does. ``(T,)``."""
-        array: Array = self._derived("alphas_cumprod", "array", lambda tensor: tensor.cpu().numpy())
-        return array
+    def _tables(self) -> tuple[Array, Array, Array]:
+        """``ᾱ, sqrt(ᾱ), sqrt(1 - ᾱ)`` on the host, rounded as the table is. ``(T,)`` each."""
+        tables: tuple[Array, Array, Array] = self._derived("alphas_cumprod", "tables", _roots)
+        return tables
 
-    def _alpha_bar(self, t: int, outside: Tensor | None = None) -> Any:
-        """ᾱ_t; ``final_alpha_cumprod`` (or ``outside``) before the first timestep."""
+    def _level(self, t: int) -> tuple[Any, ...]:
+        """``ᾱ_t, sqrt(ᾱ_t), sqrt(1 - ᾱ_t)``; of ``final_alpha_cumprod`` before the first timestep."""
+        tables = self._tables
         if t < 0:
-            return self._bar.dtype.type(float(self.final_alpha_cumprod if outside is None else outside))
-        if t >= len(self._bar):
-            raise ValueError(f"timestep {t}: the network knows 0 to {len(self._bar) - 1} (num_train_timesteps)")
-        return self._bar[t]
+            final = self._derived("final_alpha_cumprod", "tables", _roots)
+            return tuple(table.astype(tables[0].dtype)[()] for table in final)
+        if t >= len(tables[0]):
+            raise ValueError(f"timestep {t}: the network knows 0 to {len(tables[0]) - 1} (num_train_timesteps)")
+        return tables[0][t], tables[1][t], tables[2][t]
 
     def _estimate(self, model_output: Tensor, sample: Tensor, alpha: Any, sigma: Any) -> Tensor:
         """The denoised estimate, thresholded or clipped as configured; shaped as ``sample``."""
@@ -106,6 +107,6 @@ def denoise(kind: str, model_output: Tensor, sample: Tensor, alpha: float, sigma
     return model_output if a == 0 and b == 1 else combine((a, sample), (b, model_output))
 
 
-def root(value: Any) -> float:
-    """Square root in the precision of ``value``, as a float."""
-    return float(np.sqrt(value)) if not isinstance(value, float) else math.sqrt(value)
+def _roots(bar: Tensor) -> tuple[Array, Array, Array]:
+    """``ᾱ, sqrt(ᾱ), sqrt(1 - ᾱ)`` as arrays; torch's roots, whose last bit is not always NumPy's."""
+    return bar.cpu().numpy(), (bar**0.5).cpu().numpy(), ((1 - bar) ** 0.5).cpu().numpy()

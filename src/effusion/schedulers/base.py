@@ -282,7 +282,9 @@ class SchedulerMixin(ConfigMixin):
 
     def _check_run(self) -> None:
         if self.num_inference_steps is None:
-            raise ValueError(f"`num_inference_steps` is None: call {type(self).__name__}.set_timesteps(…) before `step`")
+            raise ValueError(
+                f"`num_inference_steps` is None: call {type(self).__name__}.set_timesteps(…) before `step`"
+            )
 
     def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
         if model_output.shape != sample.shape:

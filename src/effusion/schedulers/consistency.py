@@ -139,15 +139,15 @@ class LCMScheduler(DistilledScheduler):
         i = self._enter(timestep, model_output, sample)
         times = self._list("timesteps")
         t = int(times[i])
-        bar, bar_prev = self._alpha_bar(t), self._alpha_bar(int(times[i + 1]) if i + 1 < len(times) else t)
-        one = type(bar)(1)
+        _, alpha, sigma = self._level(t)
         c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(float(t))
-        x0 = self._estimate(model_output, sample, np.sqrt(bar), np.sqrt(one - bar))
+        x0 = self._estimate(model_output, sample, alpha, sigma)
         denoised = combine((c_out, x0), (c_skip, sample))
         prev_sample = denoised
         if i != (self.num_inference_steps or 0) - 1:
             noise = randn_tensor(model_output.shape, generator, model_output.device, denoised.dtype)
-            prev_sample = combine((float(np.sqrt(bar_prev)), denoised), (float(np.sqrt(one - bar_prev)), noise))
+            _, alpha_next, sigma_next = self._level(int(times[i + 1]))
+            prev_sample = combine((float(alpha_next), denoised), (float(sigma_next), noise))
         self._advance()
         return LCMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
@@ -198,19 +198,18 @@ class TCDScheduler(DistilledScheduler):
             raise ValueError(f"eta={eta}: the share of stochasticity is between 0 and 1")
         times = self._list("timesteps")
         t, t_prev = int(times[i]), int(times[i + 1]) if i + 1 < len(times) else 0
-        bar, bar_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
-        bar_s = self._alpha_bar(int(np.floor(np.float32(1 - eta) * np.float32(t_prev))))
-        one = type(bar)(1)
-        alpha, sigma = float(np.sqrt(bar)), float(np.sqrt(one - bar))
-        alpha_s, sigma_s = float(np.sqrt(bar_s)), float(np.sqrt(one - bar_s))
+        s = int(np.floor(np.float32(1 - eta) * np.float32(t_prev)))
+        alpha, sigma = map(float, self._level(t)[1:])
+        bar_s, alpha_s, sigma_s = self._level(s)
+        alpha_s, sigma_s = float(alpha_s), float(sigma_s)
         kind = self.config["prediction_type"]
         (ax, am), (ex, em) = prediction.denoised(kind, alpha, sigma), prediction.noise(kind, alpha, sigma)
         noised = combine((alpha_s * ax + sigma_s * ex, sample), (alpha_s * am + sigma_s * em, model_output))
         prev_sample = noised
         if eta > 0 and i != (self.num_inference_steps or 0) - 1:
             noise = randn_tensor(model_output.shape, generator, model_output.device, noised.dtype)
-            ratio = bar_prev / bar_s
-            prev_sample = combine((float(np.sqrt(ratio)), noised), (float(np.sqrt(one - ratio)), noise))
+            ratio = self._level(t_prev)[0] / bar_s
+            prev_sample = combine((float(np.sqrt(ratio)), noised), (float(np.sqrt(type(ratio)(1) - ratio)), noise))
         self._advance()
         return TCDSchedulerOutput(prev_sample, noised) if return_dict else (prev_sample, noised)
 

@@ -52,8 +52,7 @@ class DDIMScheduler(AlphaScheduler):
 
     def _get_variance(self, timestep: Any, prev_timestep: Any) -> float:
         """σ_t² of eq. 16 for ``eta = 1``."""
-        bar, bar_prev = self._alpha_bar(int(timestep)), self._alpha_bar(int(prev_timestep))
-        return float(_variance(bar, bar_prev))
+        return float(_variance(self._level(int(timestep))[0], self._level(int(prev_timestep))[0]))
 
     def step(
         self,
@@ -80,31 +79,31 @@ class DDIMScheduler(AlphaScheduler):
         self._check_shapes(model_output, sample)
         assert self.num_inference_steps is not None
         t = int(self._time(timestep))
-        bar = self._alpha_bar(t)
-        bar_prev = self._alpha_bar(t - len(self) // self.num_inference_steps)
+        t_prev = t - len(self) // self.num_inference_steps
         return self._between(
-            model_output, sample, bar, bar_prev, eta, use_clipped_model_output, generator, variance_noise, return_dict
+            model_output, sample, t, t_prev, eta, use_clipped_model_output, generator, variance_noise, return_dict
         )
 
     def _between(
         self,
         model_output: Tensor,
         sample: Tensor,
-        bar: Any,
-        bar_prev: Any,
+        t: int,
+        t_prev: int,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DenoisedOutput | tuple[Tensor, Tensor]:
-        """Eq. 12 between any two noise levels, given by their ᾱ."""
-        one = type(bar)(1)
-        alpha, sigma = np.sqrt(bar), np.sqrt(one - bar)
+        """Eq. 12 between any two timesteps."""
+        (bar, alpha, sigma), (bar_prev, alpha_prev, sigma_prev) = self._level(t), self._level(t_prev)
         x0 = self._estimate(model_output, sample, alpha, sigma)
-        std = type(bar)(eta) * np.sqrt(_variance(bar, bar_prev)) if eta > 0 else 0 * one
-        direction = float(np.sqrt(np.maximum(one - bar_prev - std * std, 0 * one)))
-        kept = float(np.sqrt(bar_prev))
+        kept, direction, std = float(alpha_prev), float(sigma_prev), 0.0
+        if eta > 0:
+            scaled_std = type(bar)(eta) * np.sqrt(_variance(bar, bar_prev))
+            rest = type(bar)(1) - bar_prev - scaled_std * scaled_std
+            direction, std = float(np.sqrt(max(rest, 0 * rest))), float(scaled_std)
         if use_clipped_model_output:  # ε = (x - α x_0) / σ of the clipped x_0
             scaled = direction / float(sigma)
             prev_sample = combine((kept - scaled * float(alpha), x0), (scaled, sample))
@@ -116,7 +115,7 @@ class DDIMScheduler(AlphaScheduler):
                 variance_noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
             elif generator is not None:
                 raise ValueError("`generator` and `variance_noise` contradict each other: pass only one of them")
-            prev_sample.add_(variance_noise, alpha=float(std))
+            prev_sample.add_(variance_noise, alpha=std)
         return DenoisedOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
 
@@ -207,6 +206,4 @@ class DDIMInverseScheduler(DDIMScheduler):
         assert self.num_inference_steps is not None
         t = int(self._time(timestep))
         source = min(t - len(self) // self.num_inference_steps, len(self) - 1)
-        return self._between(
-            model_output, sample, self._alpha_bar(source), self._alpha_bar(t), return_dict=return_dict
-        )
+        return self._between(model_output, sample, source, t, return_dict=return_dict)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.config import register_to_config
 from ..core.random import Generators, randn_tensor
 from . import prediction
-from .alpha import AlphaScheduler, root
+from .alpha import AlphaScheduler
 from .base import KARRAS_COMPATIBLES, DenoisedOutput, Device, combine, exactly_one, like, one_of
 from .noise import Array
 
@@ -82,7 +82,7 @@ class DDPMScheduler(AlphaScheduler):
     def _get_variance(self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None) -> Any:
         """The variance (or its logarithm, or the deviation, as the type says) of the step from ``t``."""
         t = int(self._time(t))
-        _, beta, small = self._posterior(self._alpha_bar(t), self._alpha_bar(self.previous_timestep(t)))
+        _, beta, small = self._posterior(self._level(t)[0], self._level(self.previous_timestep(t))[0])
         kind = variance_type or self.variance_type
         if kind == "fixed_small":
             return small
@@ -120,11 +120,11 @@ class DDPMScheduler(AlphaScheduler):
         """
         model_output, predicted_variance = self._split(model_output, sample)
         t = int(self._time(timestep))
-        bar, bar_prev = self._alpha_bar(t), self._alpha_bar(self.previous_timestep(t))
+        (bar, root, sigma), (bar_prev, root_prev, _) = self._level(t), self._level(self.previous_timestep(t))
         one = type(bar)(1)
         alpha, beta, _ = self._posterior(bar, bar_prev)
-        x0 = self._estimate(model_output, sample, np.sqrt(bar), np.sqrt(one - bar))
-        mean_x0 = float(np.sqrt(bar_prev) * beta / (one - bar))
+        x0 = self._estimate(model_output, sample, root, sigma)
+        mean_x0 = float(root_prev * beta / (one - bar))
         mean_x = float(np.sqrt(alpha) * (one - bar_prev) / (one - bar))
         prev_sample = combine((mean_x0, x0), (mean_x, sample))
         if t > 0:
@@ -153,7 +153,7 @@ class DDPMScheduler(AlphaScheduler):
         elif isinstance(variance, Tensor):
             prev_sample.add_((variance**0.5).mul_(noise))
         else:
-            prev_sample.add_(noise, alpha=root(variance))
+            prev_sample.add_(noise, alpha=float(np.sqrt(variance)))
 
 
 class DDPMParallelScheduler(DDPMScheduler):

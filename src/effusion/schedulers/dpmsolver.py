@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..core.config import register_to_config
 from ..core.random import Generators, randn_tensor
-from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, exactly_one, one_of
+from . import spacing
+from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, exactly_one, logger, one_of
 from .exponential import LambdaScheduler, Level
 from .noise import Array
-from .sigma import upcast
+from .sigma import TRANSFORMS, upcast
 
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 Weights = tuple[float, list[float], float]  # a, b (newest model output first), c of x' = a x + Σ b m + c z
@@ -99,22 +100,7 @@ class DPMSolverScheduler(LambdaScheduler):
             )
 
     def _convert(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
-        c = self.config
-        if c["prediction_type"] == "epsilon" and c["variance_type"] in ("learned", "learned_range"):
-            model_output = model_output[:, : sample.shape[1]]
-        self._check_shapes(model_output, sample)
-        convert = self._x0 if c["algorithm_type"].endswith("++") else self._eps
-        return convert(model_output, sample, level)
-
-    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
-        """The denoised estimate (or the noise, as the algorithm needs) at the current step; shaped as ``sample``."""
-        assert self._step_index is not None
-        return self._convert(model_output, sample, self._grid[self._step_index])
-
-    def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
-        learned = self.config["variance_type"] in ("learned", "learned_range")
-        if not (learned and model_output.shape[1] == 2 * sample.shape[1]):
-            super()._check_shapes(model_output, sample)
+        return self._data_or_noise(self.config["algorithm_type"].endswith("++"), model_output, sample, level)
 
 
 class DPMSolverMultistepScheduler(DPMSolverScheduler):
@@ -188,8 +174,8 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
             ValueError: no run, or shapes that differ.
         """
         i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
-        dtype = model_output.dtype
-        self._remember(self._convert(model_output, sample, grid[i]))
+        converted = self._convert(model_output, sample, grid[i])
+        self._remember(converted)
         lower = c["lower_order_final"] and len(self.timesteps) < 15
         first = c["euler_at_final"] or lower or c.get("final_sigmas_type") == "zero"
         order = multistep_order(c["solver_order"], self.lower_order_nums, i, len(self.timesteps), first, lower)
@@ -198,9 +184,178 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
         prev_sample = combine((a, upcast(sample)), *self._outputs(b))
         if c["algorithm_type"].startswith("sde"):
             if variance_noise is None:
-                variance_noise = randn_tensor(sample.shape, generator, sample.device, prev_sample.dtype)
+                variance_noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
             prev_sample.add_(variance_noise.to(prev_sample), alpha=noise_scale)
         self.lower_order_nums = min(self.lower_order_nums + 1, c["solver_order"])
         self._advance()
-        prev_sample = prev_sample.to(dtype)
+        prev_sample = prev_sample.to(converted.dtype)
         return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+
+def singlestep(algorithm: str, solver_type: str, levels: Sequence[Level], order: int) -> Weights:
+    """The last stage of a singlestep step of ``order`` 1 to 3; ``levels`` are the target and the stages, backwards."""
+    base = levels[order]  # where the step began
+    a, (phi1, phi2, phi3), c = integrals(algorithm, base, levels[0])
+    h = levels[0].lam - base.lam
+    if order == 1 or h == 0:
+        return a, [phi1] if order == 1 else [0.0] * order, c
+    r0 = (levels[1].lam - base.lam) / h
+    if order == 2:
+        d = (0.5 * phi1 if solver_type == "midpoint" else phi2) / r0
+        return a, [d, phi1 - d], c
+    if solver_type == "midpoint":
+        return a, [phi2 / r0, 0.0, phi1 - phi2 / r0], c
+    r1 = (levels[2].lam - base.lam) / h
+    near = (2 * phi3 - phi2 * r1) / (r0 - r1) / r0  # weights of m_0 - m_2 and of m_1 - m_2
+    far = (phi2 * r0 - 2 * phi3) / (r0 - r1) / r1
+    return a, [near, far, phi1 - near - far], c
+
+
+class DPMSolverSinglestepScheduler(DPMSolverScheduler):
+    """Lu et al. (2022), "DPM-Solver-fast": steps of order 1 to 3 out of 1 to 3 calls, none of them used twice."""
+
+    _compatibles = KARRAS_COMPATIBLES
+    _spacing_option = False
+    _exclusive = (*TRANSFORMS, "use_flow_sigmas")
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Array | list[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        self._check_options(("dpmsolver", "dpmsolver++", "sde-dpmsolver++"))
+        self._train()
+        self.sample: Tensor | None = None
+        self.order_list = self.get_order_list(num_train_timesteps)
+
+    def get_order_list(self, num_inference_steps: int) -> list[int]:
+        """The order of each stage: 1 2 3 1 2 3 …, with lower orders at the end as configured."""
+        c, n = self.config, num_inference_steps
+        order = c.solver_order
+        if c.lower_order_final and n % order == 0 and order > 1:  # a full step less, and a lower one more
+            orders = list(range(1, order + 1)) * (n // order - 1)
+            orders += list(range(1, order)) + [1]
+        else:
+            orders = list(range(1, order + 1)) * (n // order)
+            orders += list(range(1, n % order + 1)) if c.lower_order_final else []
+        if c.final_sigmas_type == "zero":
+            orders[-1] = 1
+        return orders
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Begin a run of ``num_inference_steps`` calls, or over descending ``timesteps``; ``mu`` shifts flow levels."""
+        exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        c, steps = self.config, num_inference_steps or len(timesteps or ())
+        self._shift_by(mu)
+        levels, times = self._levels(steps, timesteps)
+        self._launch(levels, self._last_sigma(), times, device)
+        self.sample = None
+        if not c.lower_order_final and (steps % c.solver_order != 0 or c.final_sigmas_type == "zero"):
+            why = f"{steps} steps of order {c.solver_order}" if steps % c.solver_order else "final_sigmas_type='zero'"
+            logger.warning("lower_order_final=False is not possible with %s; it is True from here on", why)
+            self.register_to_config(lower_order_final=True)
+        self.order_list = self.get_order_list(steps)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One stage, which begins again from where its step began; shapes ``(B, C, …)``."""
+        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
+        self._remember(self._convert(model_output, sample, grid[i]))
+        order = self.order_list[i]
+        while self.model_outputs[-order] is None:  # a run that began in the middle of a step
+            order -= 1
+        if order == 1:
+            self.sample = sample
+        assert self.sample is not None
+        levels = [grid[i + 1 - k] for k in range(order + 1)]
+        a, b, noise_scale = singlestep(c["algorithm_type"], c["solver_type"], levels, order)
+        prev_sample = combine((a, self.sample), *self._outputs(b))
+        if c["algorithm_type"] == "sde-dpmsolver++":
+            noise = randn_tensor(sample.shape, generator, sample.device, prev_sample.dtype)
+            prev_sample.add_(noise, alpha=noise_scale)
+        self._advance()
+        return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+
+class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
+    """DPM-Solver++ multistep steps from the sample to the noise, for inversion."""
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Array | list[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        self._check_options(ALGORITHMS)
+        self._train()
+        self.timesteps = self.timesteps.flip(0)
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
+        """Begin a run of ``num_inference_steps`` rising timesteps."""
+        c, table, steps = self.config, self._table(), num_inference_steps
+        self.noisiest_timestep = self._last_timestep() - 1
+        times = spacing.rising(c.timestep_spacing, steps, c.num_train_timesteps, self.noisiest_timestep, c.steps_offset)
+        levels = self._flow_levels(steps) if c.use_flow_sigmas else self._transform(table, steps)
+        if levels is None:
+            levels, last = np.interp(times, np.arange(len(table)), table), float(table[self.noisiest_timestep])
+        else:
+            last = float(levels[-1])
+            times = levels * len(self) if c.use_flow_sigmas else spacing.sigma_to_t(levels, np.log(table))
+            times = times.round() if c.use_karras_sigmas else times
+        _, first = np.unique(times, return_index=True)
+        self._launch(levels, last, times[np.sort(first)], device)

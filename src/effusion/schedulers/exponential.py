@@ -157,6 +157,26 @@ class LambdaScheduler(SigmaScheduler):
 
     # -- model outputs ---------------------------------------------------------------------------
 
+    def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
+        learned = self.config.get("variance_type") in ("learned", "learned_range")
+        if not (learned and model_output.shape[1] == 2 * sample.shape[1]):
+            super()._check_shapes(model_output, sample)
+
+    def _data_or_noise(self, data: bool, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
+        """What the solver integrates: the denoised estimate, or the noise; a learned variance is left out."""
+        model_output = model_output[:, : sample.shape[1]]
+        return self._x0(model_output, sample, level) if data else self._eps(model_output, sample, level)
+
+    def _convert(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
+        return self._data_or_noise(True, model_output, sample, level)
+
+    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
+        """What the solver integrates, at the current step; shaped as ``sample``."""
+        if self._step_index is None:
+            raise ValueError("no step is under way: call `set_timesteps` and `step`, or `set_begin_index`, before")
+        self._check_shapes(model_output, sample)
+        return self._convert(model_output, sample, self._grid[self._step_index])
+
     def _x0(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
         """The denoised estimate, thresholded if configured; shaped as ``sample``."""
         c = self.config

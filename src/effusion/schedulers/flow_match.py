@@ -6,7 +6,6 @@ shifted noise levels of Esser et al. (2024), "Scaling Rectified Flow Transformer
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from ..core.config import register_to_config
 from ..core.random import Generators, randn_tensor
-from . import prediction, spacing
+from . import spacing
 from .base import Device, SchedulerMixin, SchedulerOutput, at_most_one, combine, like, logger, one_of
 from .euler import churn
+from .heun import doubled
 from .noise import Array
 from .sigma import TRANSFORMS, upcast
 
@@ -224,3 +224,134 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
             return (1.0 - below) * (sample - now * model_output) + below * noise
         return sample + (now - below) * model_output
+
+
+class FlowMatchHeunDiscreteScheduler(FlowScheduler):
+    """Heun's method along the predicted velocity; two calls of the network a step (the last has one)."""
+
+    order = 2
+    sample: Tensor | None = None
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        self._train()
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
+        """Begin a run of ``num_inference_steps`` steps."""
+        steps, train = self._count(num_inference_steps, None, None), self.config.num_train_timesteps
+        levels = spacing.flow(self.sigma_max * train, self.sigma_min * train, steps) / train
+        levels = spacing.shift(levels, self._shift).astype(np.float32)
+        times = levels * np.float32(train)
+        self.num_inference_steps = steps
+        levels = doubled(np.append(levels, np.float32(0)))
+        self._begin(np.append(times[:1], times[1:].repeat(2)), levels, device, torch.float32)
+        self.sample = self.prev_derivative = None
+        self.dt: float | None = None
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next call is the first of its step."""
+        return self.sample is None
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
+        """``(1 - σ) x_0 + σ ε`` at the step of ``timestep``; samples ``(B, …)``."""
+        if noise is None:
+            raise ValueError("`noise` is missing: pass noise of the sample's shape")
+        if self._step_index is None:
+            self._start(timestep)
+        assert self._step_index is not None
+        sigma = self._list("sigmas")[self._step_index]
+        return combine((sigma, noise), (1.0 - sigma, sample))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """A stage: an Euler step (after churn), or the correction of it with the mean slope; shapes ``(B, …)``."""
+        self._refuse_integer(timestep)
+        i = self._enter(timestep, model_output, sample)
+        sigmas, first = self._list("sigmas"), self.sample is None
+        sigma, sigma_next = (sigmas[i], sigmas[i + 1]) if first else (sigmas[i - 1], sigmas[i])
+        sample = upcast(sample)
+        gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        if gamma > 0:
+            sample = churn(sample, sigma, gamma, s_noise, model_output, generator)
+        if first:  # the velocity at σ is used at the raised level: dx/dσ = (x - x_0) / σ_hat
+            derivative = model_output.to(sample.dtype) / (gamma + 1)
+            self.sample, self.prev_derivative, self.dt = sample, derivative, sigma_next - sigma * (gamma + 1)
+            prev_sample = torch.add(sample, derivative, alpha=self.dt)
+        else:
+            assert self.sample is not None and self.prev_derivative is not None and self.dt is not None
+            mean = torch.add(self.prev_derivative, model_output)
+            prev_sample = torch.add(self.sample, mean, alpha=self.dt / 2)
+            self.sample = self.prev_derivative = self.dt = None
+        self._advance()
+        prev_sample = prev_sample.to(model_output.dtype)
+        return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+
+class FlowMatchLCMScheduler(FlowScheduler):
+    """Multistep consistency sampling on a flow, optionally growing the sample between steps (scale-wise models)."""
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False,
+        time_shift_type: str = "exponential",
+        scale_factors: list[float] | None = None,
+        upscale_mode: str = "bicubic",
+    ) -> None:
+        self._train()
+        self._init_size: Any = None
+        self.set_scale_factors(scale_factors, upscale_mode)
+
+    def set_scale_factors(self, scale_factors: list[float] | None, upscale_mode: str) -> None:
+        """Grow the sample to these multiples of its first size, one after each step but the last."""
+        self._scale_factors, self._upscale_mode = scale_factors, upscale_mode
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Jump to the end, grow if asked to, add the noise of the next level; shapes ``(B, C, H, W)``."""
+        self._refuse_integer(timestep)
+        factors = self._scale_factors or []
+        if factors and len(self.timesteps) != len(factors) + 1:
+            raise ValueError(
+                f"{len(factors)} scale_factors for {len(self.timesteps)} timesteps: there must be one less than steps"
+            )
+        if self._init_size is None or self._step_index is None:
+            self._init_size = model_output.shape[2:]
+        i = self._enter(timestep, model_output, sample)
+        sigma, sigma_next = self._list("sigmas")[i : i + 2]
+        x0 = torch.add(upcast(sample), model_output, alpha=-sigma)
+        if i < len(factors) and self._upscale_mode:
+            size = [round(factors[i] * side) for side in self._init_size]
+            x0 = torch.nn.functional.interpolate(x0, size=size, mode=self._upscale_mode)
+        noise = randn_tensor(x0.shape, generator, x0.device, x0.dtype)
+        prev_sample = combine((1.0 - sigma_next, x0), (sigma_next, noise)).to(model_output.dtype)
+        self._advance()
+        return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)

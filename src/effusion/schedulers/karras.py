@@ -18,6 +18,7 @@ class KarrasScheduler(SigmaScheduler):
     """Unscaled samples: the network's input is scaled by :meth:`scale_model_input`."""
 
     is_scale_input_called = False
+    _times_dtype: type = np.float32  # in which timesteps are rounded before the table is interpolated
 
     def _train(self) -> None:
         super()._train()
@@ -41,7 +42,7 @@ class KarrasScheduler(SigmaScheduler):
         return original_samples + noise * like(sigma, original_samples)
 
     def _levels(self, steps: int, timesteps: Any = None, train: int | None = None) -> tuple[Array, Array]:
-        """The noise levels of a run ``(steps + 1,)`` and their timesteps ``(steps,)``, float32 and descending."""
+        """The noise levels of a run ``(steps + 1,)`` and their timesteps ``(steps,)``, descending."""
         c = self.config
         if timesteps is None:
             train = train or c.num_train_timesteps
@@ -50,7 +51,7 @@ class KarrasScheduler(SigmaScheduler):
             self._check_custom(timesteps, c.num_train_timesteps)
             self._refuse_custom("timesteps", *TRANSFORMS)
             given = np.array(timesteps)
-        times, table = given.astype(np.float32), self._table()
+        times, table = given.astype(self._times_dtype), self._table()
         levels = self._interpolated(times, table)
         changed = self._transform(levels, steps)
         if changed is not None:
@@ -93,5 +94,3 @@ def ancestral(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float,
     """``σ_down, σ_up``: how far to step down, and the noise to add to arrive at ``σ_next`` (DDPM's for ``eta = 1``)."""
     up = eta * max(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2, 0.0) ** 0.5
     return max(sigma_next**2 - up**2, 0.0) ** 0.5, up
-
-

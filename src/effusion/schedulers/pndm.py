@@ -140,10 +140,9 @@ class PNDMScheduler(AlphaScheduler):
 
     def _get_prev_sample(self, sample: Tensor, timestep: int, prev_timestep: int, model_output: Tensor) -> Tensor:
         """The transfer φ of eq. 11: from ``timestep`` to ``prev_timestep`` along ``model_output``."""
-        bar, bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
-        one = type(bar)(1)
-        a, b = prediction.noise(self.config["prediction_type"], float(np.sqrt(bar)), float(np.sqrt(one - bar)))
-        norm = bar * np.sqrt(one - bar_prev) + np.sqrt(bar * (one - bar) * bar_prev)
+        (bar, alpha, sigma), (bar_prev, _, sigma_prev) = self._level(timestep), self._level(prev_timestep)
+        a, b = prediction.noise(self.config["prediction_type"], float(alpha), float(sigma))
+        norm = bar * sigma_prev + np.sqrt(bar * (type(bar)(1) - bar) * bar_prev)
         along = -float((bar_prev - bar) / norm)
         kept = float(np.sqrt(bar_prev / bar))
         return combine((kept + along * a, sample), (along * b, model_output))
@@ -153,9 +152,7 @@ class IPNDMScheduler(SchedulerMixin):
     """The improved PNDM of Zhang & Chen (2023): Adams-Bashforth on a circle, ``x = cos(θ) x_0 + sin(θ) ε``."""
 
     @register_to_config
-    def __init__(
-        self, num_train_timesteps: int = 1000, trained_betas: Array | list[float] | None = None
-    ) -> None:
+    def __init__(self, num_train_timesteps: int = 1000, trained_betas: Array | list[float] | None = None) -> None:
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
         self.pndm_order = 4

@@ -58,7 +58,9 @@ def karras(kind: str, sigma: float) -> tuple[float, float]:
     return denoised(kind, 1.0, sigma)
 
 
-def to_denoised(kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+def to_denoised(
+    kind: str, model_output: Tensor, sample: Tensor, alpha: Tensor | float, sigma: Tensor | float
+) -> Tensor:
     """The denoised estimate ``x_0`` of ``sample``; shapes as ``sample``."""
     a, b = denoised(kind, alpha, sigma)  # type: ignore[type-var]
     return a * sample + b * model_output

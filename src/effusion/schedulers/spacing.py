@@ -45,6 +45,19 @@ def timesteps(spacing: str, steps: int, train: int, offset: int = 0, *, last: in
     raise ValueError(f"timestep_spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
 
 
+def rising(spacing: str, steps: int, train: int, noisiest: int, offset: int = 0) -> Array:
+    """``steps`` rising timesteps up to below ``noisiest``, for inversion. Float64, ``(steps,)``."""
+    if not 1 <= steps <= train:
+        raise ValueError(f"num_inference_steps={steps!r}: choose 1 to num_train_timesteps={train}")
+    if spacing == "linspace":
+        return np.linspace(0, noisiest, steps + 1).round()[:-1]
+    if spacing == "leading":
+        return np.arange(steps) * ((noisiest + 1) // (steps + 1)) + float(offset)
+    if spacing == "trailing":
+        return np.arange(noisiest + 1, 0, -train / steps).round()[:steps][::-1] - 1.0
+    raise ValueError(f"timestep_spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
+
+
 def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
     """Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models", eq. 5."""
     ramp = np.linspace(0, 1, steps)
