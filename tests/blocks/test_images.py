@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +178,27 @@ def test_load_image_turns_upright_and_converts(tmp_path) -> None:
     assert got.size == (10, 20)
     assert np.array_equal(np.array(got), np.array(peer_utils.load_image(str(tmp_path / "turned.png"))))
     assert pictures.load_image(source, convert_method=lambda i: i.convert("L")).mode == "L"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of an HTTP server on this machine that serves the test's folder."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_load_image_from_a_url(server: str, tmp_path) -> None:
+    picture(10, 20).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(pictures.load_image(f"{server}/a.png")), np.asarray(picture(10, 20)))
+    with pytest.raises(ValueError, match="could not be read: HTTP Error 404"):
+        pictures.load_image(f"{server}/b.png")
+    (tmp_path / "c.png").write_text("<html>")
+    with pytest.raises(ValueError, match="is not a picture"):
+        pictures.load_image(f"{server}/c.png")
 
 
 @pytest.mark.parametrize("bad", ["/no/such/file.png", 7, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,12 +54,12 @@ def _open(source: str) -> Picture:
 
 
 def _download(url: str) -> io.BytesIO:
-    from huggingface_hub import get_session  # one session with the proxies and certificates of the hub's
-
-    answer = get_session().get(url, timeout=60)
-    if answer.status_code != 200:
-        raise ValueError(f"{url} answered with status {answer.status_code}")
-    return io.BytesIO(answer.content)
+    request = urllib.request.Request(url, headers={"User-Agent": "effusion"})  # some hosts refuse Python's own
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return io.BytesIO(answer.read())
+    except OSError as error:  # no such host, refused, a status that is no success, too slow
+        raise ValueError(f"{url} could not be read: {error}") from error
 
 
 def make_image_grid(images: list[Picture], rows: int, cols: int, resize: int | None = None) -> Picture:
