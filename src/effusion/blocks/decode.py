@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.random import Generators
 from .latents import decode_to_pixels, unpack
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -27,7 +26,6 @@ def decode(
     height: int,
     width: int,
     output_type: str = "pil",
-    generator: Generators = None,
     image: Tensor | None = None,
     mask_pixels: Tensor | None = None,
     final_size: tuple[int, int] | None = None,
@@ -40,7 +38,7 @@ def decode(
     condition = {}
     if mask_pixels is not None and getattr(vae, "takes_mask", False):
         condition = {"image": image.to(device, vae.dtype), "mask": mask_pixels.to(device, vae.dtype)}  # type: ignore[union-attr]
-    pixels = decode_to_pixels(family, vae, latents, generator, **condition)
+    pixels = decode_to_pixels(family, vae, latents, **condition)
     if final_size is not None:
         pixels = resize_and_crop(pixels, *final_size)
     pixels, flags = check_safety(components, pixels, image_processor, device, latents.dtype)

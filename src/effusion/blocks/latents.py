@@ -53,9 +53,7 @@ def retrieve_latents(encoded: Any, generator: torch.Generator | None = None, sam
     return encoded.latents if hasattr(encoded, "latents") else encoded[0]
 
 
-def encode_pixels(
-    family: Any, vae: Any, pixels: Tensor, generator: Generators, mode: str = "sample", format: LatentFormat | None = None
-) -> Tensor:
+def encode_pixels(family: Any, vae: Any, pixels: Tensor, generator: Generators, mode: str | None = None) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w), in the dtype of ``pixels``.
 
     With a list of generators each picture is sampled with its own. Without a VAE (a family that
@@ -63,29 +61,28 @@ def encode_pixels(
     """
     if vae is None:
         return pixels
+    f, mode = family.format(vae), mode or family.posterior
     with upcast(vae, family.upcast_vae, (torch.float16, torch.bfloat16)):
         x = pixels.to(vae.dtype)
+        x = x.unsqueeze(2) if f.frames else x
         if isinstance(generator, (list, tuple)):
             parts = [retrieve_latents(vae.encode(x[i : i + 1]), generator[i], mode) for i in range(x.shape[0])]
             z = torch.cat(parts, dim=0)
         else:
             z = retrieve_latents(vae.encode(x), generator, mode)
-    return (format or vae_format(vae)).normalize(z.to(pixels.dtype))
+    z = f.normalize(z.to(pixels.dtype))
+    return z.squeeze(2) if f.frames else z
 
 
-def decode_to_pixels(
-    family: Any, vae: Any, latents: Tensor, generator: Generators = None, **condition: Any
-) -> Tensor:
+def decode_to_pixels(family: Any, vae: Any, latents: Tensor, **condition: Any) -> Tensor:
     """Normalised latents (B, C, h, w) -> pixels (B, 3, H, W), not clamped."""
     if vae is None:
         return latents
     with upcast(vae, family.upcast_vae, (torch.float16,)):
-        z = vae_format(vae).denormalize(latents.to(vae.dtype))
-        return vae.decode(z, return_dict=False, **condition, **_decoder_generator(vae, generator))[0]
-
-
-def _decoder_generator(vae: Any, generator: Generators) -> dict[str, Any]:
-    return {"generator": generator} if generator is not None else {}
+        f, z = family.format(vae), latents.to(vae.dtype)
+        z = f.denormalize(z.unsqueeze(2) if f.frames else z)
+        pixels = vae.decode(z, return_dict=False, **condition)[0]
+        return pixels[:, :, 0] if f.frames else pixels
 
 
 def pack(z: Tensor, side: int) -> Tensor:

@@ -61,7 +61,7 @@ class LatentFormat:
     shift: float = 0.0
     mean: tuple[float, ...] | None = None  # per channel, instead of `shift`
     std: tuple[float, ...] | None = None  # per channel, with `mean`
-    packing: int = 1  # side of the square of latents that makes one token
+    frames: bool = False  # whether the VAE's tensors have a frame axis, (B, C, F, h, w), also for pictures
 
     def normalize(self, z: Tensor) -> Tensor:
         """What the VAE gave -> what the denoiser sees; ``(B, C, …)`` both."""

@@ -35,6 +35,8 @@ class Family:
         condition: block for what depends on sizes and latents, or ``None``.
         schedule: block that sets the timesteps.
         defaults: task -> defaults of the call that differ from the blocks' own.
+        format: the latent format of a VAE.
+        posterior: what of the VAE's posterior a picture's latents are, ``sample`` or ``argmax``.
         upcast_vae: whether a half-precision VAE that says ``force_upcast`` is run in float32.
         packing: side of the square of latents that makes one token; 1 for networks on latents themselves.
         one_by_one: whether guidance branches are evaluated in turn instead of as one batch.
@@ -53,6 +55,8 @@ class Family:
     condition: engine.BlockFunction | None = None
     schedule: engine.BlockFunction = field(default_factory=lambda: set_timesteps)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    format: Callable[[Any], LatentFormat] = latents.vae_format
+    posterior: str = "sample"
     upcast_vae: bool = False
     packing: int = 1
     one_by_one: bool = False
@@ -85,7 +89,7 @@ class Family:
     def latent_format(self, components: Mapping[str, Any]) -> LatentFormat:
         """How latents and pixels relate, read off the VAE; pixels themselves without one."""
         vae = components.get("vae")
-        return latents.vae_format(vae) if vae is not None else LatentFormat(self.model_channels(components), downscale=1)
+        return self.format(vae) if vae is not None else LatentFormat(self.model_channels(components), downscale=1)
 
     def model_channels(self, components: Mapping[str, Any]) -> int:
         """Input channels of the network, extra ones included."""
