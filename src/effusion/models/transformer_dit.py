@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.config import register_to_config
+from ..core.config import ConfigMixin, register_to_config
 from ..nn import checkpointing
 from ..nn.attention import AttentionMixin
 from ..nn.dit_blocks import DiTBlock
@@ -78,6 +78,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, DiTNetwork):
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    has_compatibles = True
 
     @register_to_config
     def __init__(
@@ -106,6 +107,12 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, DiTNetwork):
         self.out_channels = out_channels or in_channels
         self.gradient_checkpointing = False
         self._build_dit()
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[ConfigMixin]]:
+        from .transformer_2d import Transformer2DModel  # the name that old checkpoints have
+
+        return [Transformer2DModel]
 
     def forward(
         self,

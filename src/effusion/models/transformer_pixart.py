@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import register_to_config
+from ..core.config import ConfigMixin, register_to_config
 from ..nn import checkpointing
 from ..nn.attention import AttentionMixin
 from ..nn.dit_blocks import AdaLayerNormSingle, PixArtBlock
@@ -102,6 +102,7 @@ class PixArtTransformer2DModel(ModelMixin, AttentionMixin, PixArtNetwork):
     _no_split_modules = ["PixArtBlock", "PatchEmbed"]
     _repeated_blocks = ["PixArtBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
+    has_compatibles = True
 
     @register_to_config
     def __init__(
@@ -138,6 +139,12 @@ class PixArtTransformer2DModel(ModelMixin, AttentionMixin, PixArtNetwork):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.gradient_checkpointing = False
         self._build_pixart()
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type[ConfigMixin]]:
+        from .transformer_2d import Transformer2DModel  # the name that old checkpoints have
+
+        return [Transformer2DModel]
 
     def forward(
         self,
