@@ -20,7 +20,9 @@ class BrownianNoise:
         ValueError: as many seeds as the batch has items are needed.
     """
 
-    def __init__(self, like: Tensor, sigma_min: float, sigma_max: float, seed: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self, like: Tensor, sigma_min: float, sigma_max: float, seed: int | Sequence[int] | None = None
+    ) -> None:
         torchsde = require("torchsde", "a sampler with Brownian noise")
         self.batched = isinstance(seed, Sequence)
         if seed is None:

@@ -18,6 +18,18 @@ from .noise import Array, NoiseSchedule, rescale_alpha_bar
 class ShiftedScheduler(AlphaScheduler):
     """``ᾱ`` divided by ``s + (1 - s) ᾱ``: the signal-to-noise ratio divided by ``s``."""
 
+    _compatibles = KARRAS_COMPATIBLES
+
+    @register_to_config
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear", trained_betas: Array | list[float] | None = None,
+        clip_sample: bool = True, set_alpha_to_one: bool = True, steps_offset: int = 0,
+        prediction_type: str = "epsilon", clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading", rescale_betas_zero_snr: bool = False, snr_shift_scale: float = 3.0,
+    ) -> None:  # fmt: skip
+        self._train()
+
     def _train(self, dtype: torch.dtype = torch.float32) -> None:
         c = self.config
         precise = c.trained_betas is None and c.beta_schedule == "scaled_linear"
@@ -54,28 +66,6 @@ class ShiftedScheduler(AlphaScheduler):
 class CogVideoXDDIMScheduler(ShiftedScheduler):
     """Song et al. (2021), eq. 12, on CogVideoX's schedule; deterministic."""
 
-    _compatibles = KARRAS_COMPATIBLES
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear",
-        trained_betas: Array | list[float] | None = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float = 3.0,
-    ) -> None:
-        self._train()
-
     def step(
         self,
         model_output: Tensor,
@@ -98,28 +88,6 @@ class CogVideoXDDIMScheduler(ShiftedScheduler):
 
 class CogVideoXDPMScheduler(ShiftedScheduler):
     """Lu et al. (2022), SDE-DPM-Solver++(2M), on CogVideoX's schedule; the caller keeps the last estimate."""
-
-    _compatibles = KARRAS_COMPATIBLES
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear",
-        trained_betas: Array | list[float] | None = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float = 3.0,
-    ) -> None:
-        self._train()
 
     def _lambda(self, t: int) -> float:
         bar = float(self._level(t)[0])

@@ -43,6 +43,17 @@ class DistilledScheduler(AlphaScheduler):
 
     custom_timesteps = False
 
+    @register_to_config
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear", trained_betas: Array | list[float] | None = None,
+        original_inference_steps: int = 50, clip_sample: bool = False, clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading", timestep_scaling: float = 10.0, rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
+        self._train()
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -82,7 +93,7 @@ class DistilledScheduler(AlphaScheduler):
     def _trajectory(self, original_inference_steps: int | None, strength: float) -> Array:
         """The rising timesteps that the network was distilled with."""
         coarse = original_inference_steps or self.config.original_inference_steps
-        return np.arange(1, int(coarse * strength) + 1) * (self.config.num_train_timesteps // coarse) - 1
+        return np.asarray(np.arange(1, int(coarse * strength) + 1) * (self.config.num_train_timesteps // coarse) - 1)
 
     def previous_timestep(self, timestep: Any) -> int:
         """The timestep that a step from ``timestep`` leads to; -1 after the last."""
@@ -97,29 +108,6 @@ class LCMScheduler(DistilledScheduler):
     """Luo et al. (2023), "Latent Consistency Models": multistep consistency sampling, algorithm 3."""
 
     sigma_data = 0.5
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear",
-        trained_betas: Array | list[float] | None = None,
-        original_inference_steps: int = 50,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        timestep_scaling: float = 10.0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
-        self._train()
 
     def get_scalings_for_boundary_condition_discrete(self, timestep: Any) -> tuple[Any, Any]:
         """``c_skip, c_out`` of eq. 9, which make the function the identity at ``t = 0``."""
@@ -154,29 +142,6 @@ class LCMScheduler(DistilledScheduler):
 
 class TCDScheduler(DistilledScheduler):
     """Zheng et al. (2024), "Trajectory Consistency Distillation": strategic stochastic sampling, algorithm 4."""
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear",
-        trained_betas: Array | list[float] | None = None,
-        original_inference_steps: int = 50,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        timestep_scaling: float = 10.0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
-        self._train()
 
     def _trajectory(self, original_inference_steps: int | None, strength: float) -> Array:
         if original_inference_steps is None:
@@ -219,20 +184,14 @@ class CMStochasticIterativeScheduler(KarrasScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 40,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        sigma_data: float = 0.5,
-        s_noise: float = 1.0,
-        rho: float = 7.0,
-        clip_denoised: bool = True,
-    ) -> None:
+        self, num_train_timesteps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0,
+        sigma_data: float = 0.5, s_noise: float = 1.0, rho: float = 7.0, clip_denoised: bool = True,
+    ) -> None:  # fmt: skip
         self._lay_out(np.linspace(0, 1, num_train_timesteps), None)
         self.custom_timesteps = False
 
     @property
-    def init_noise_sigma(self) -> float:  # type: ignore[override]
+    def init_noise_sigma(self) -> float:
         return float(self.config.sigma_max)
 
     def _lay_out(self, ramp: Array, device: Device) -> None:
@@ -265,10 +224,10 @@ class CMStochasticIterativeScheduler(KarrasScheduler):
         self.custom_timesteps = timesteps is not None
         self._lay_out(indices[::-1] / (train - 1), device)
 
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:  # type: ignore[override]
         """``c_in`` of Karras et al. (2022): divide by the standard deviation of the noisy sample."""
         sigma = self._sigma(timestep)
-        return sample / (sigma * sigma + self.config.sigma_data**2) ** 0.5
+        return torch.div(sample, (sigma * sigma + self.config.sigma_data**2) ** 0.5)
 
     def get_scalings(self, sigma: Any) -> tuple[Any, Any]:
         """``c_skip, c_out`` of Karras et al. (2022)."""

@@ -25,23 +25,12 @@ class DDIMScheduler(AlphaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, clip_sample: bool = True,
+        set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "leading", rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
         self._train()
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
@@ -99,6 +88,11 @@ class DDIMScheduler(AlphaScheduler):
         """Eq. 12 between any two timesteps."""
         (bar, alpha, sigma), (bar_prev, alpha_prev, sigma_prev) = self._level(t), self._level(t_prev)
         x0 = self._estimate(model_output, sample, alpha, sigma)
+        if sigma == 0 and (use_clipped_model_output or self.config["prediction_type"] == "sample"):
+            raise ValueError(
+                "set_alpha_to_one=True makes the first sample free of noise, and prediction_type='sample' (or "
+                "use_clipped_model_output) divides by its noise level: set set_alpha_to_one=False"
+            )
         kept, direction, std = float(alpha_prev), float(sigma_prev), 0.0
         if eta > 0:
             scaled_std = type(bar)(eta) * np.sqrt(_variance(bar, bar_prev))
@@ -169,21 +163,12 @@ class DDIMInverseScheduler(DDIMScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        clip_sample_range: float = 1.0,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, clip_sample: bool = True,
+        set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0, timestep_spacing: str = "leading", rescale_betas_zero_snr: bool = False,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if "set_alpha_to_zero" in kwargs:  # the name it had in old configurations
             self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
         one_of("timestep_spacing", timestep_spacing, ("leading", "trailing"))

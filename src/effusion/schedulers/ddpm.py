@@ -27,23 +27,13 @@ class DDPMScheduler(AlphaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        variance_type: VarianceType = "fixed_small",
-        clip_sample: bool = True,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        variance_type: VarianceType = "fixed_small", clip_sample: bool = True, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         one_of("variance_type", variance_type, VARIANCES)
         self._train()
         self.one = torch.tensor(1.0)

@@ -52,30 +52,15 @@ class DEISMultistepScheduler(LambdaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        algorithm_type: str = "deis",
-        solver_type: str = "logrho",
-        lower_order_final: bool = True,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        use_dynamic_shifting: bool = False,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, algorithm_type: str = "deis", solver_type: str = "logrho",
+        lower_order_final: bool = True, use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False, use_flow_sigmas: bool = False, flow_shift: float = 1.0,
+        timestep_spacing: str = "linspace", steps_offset: int = 0, use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
-    ) -> None:
+    ) -> None:  # fmt: skip
         if algorithm_type in ("dpmsolver", "dpmsolver++"):  # of DPM-Solver
             self.register_to_config(algorithm_type="deis")
         one_of("algorithm_type", self.config.algorithm_type, ("deis",))

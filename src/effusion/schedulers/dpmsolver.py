@@ -110,36 +110,17 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint",
-        lower_order_final: bool = True,
-        euler_at_final: bool = False,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        final_sigmas_type: str = "zero",
-        lambda_min_clipped: float = -float("inf"),
-        variance_type: str | None = None,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint",
+        lower_order_final: bool = True, euler_at_final: bool = False, use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False, flow_shift: float = 1.0, final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"), variance_type: str | None = None,
+        timestep_spacing: str = "linspace", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+    ) -> None:  # fmt: skip
         self._check_options(ALGORITHMS)
         self._train()
 
@@ -220,31 +201,15 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint",
-        lower_order_final: bool = False,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        final_sigmas_type: str = "zero",
-        lambda_min_clipped: float = -float("inf"),
-        variance_type: str | None = None,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint",
+        lower_order_final: bool = False, use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False, use_flow_sigmas: bool = False, flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero", lambda_min_clipped: float = -float("inf"), variance_type: str | None = None,
+        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+    ) -> None:  # fmt: skip
         self._check_options(("dpmsolver", "dpmsolver++", "sde-dpmsolver++"))
         self._train()
         self.sample: Tensor | None = None
@@ -255,8 +220,8 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         c, n = self.config, num_inference_steps
         order = c.solver_order
         if c.lower_order_final and n % order == 0 and order > 1:  # a full step less, and a lower one more
-            orders = list(range(1, order + 1)) * (n // order - 1)
-            orders += list(range(1, order)) + [1]
+            orders: list[int] = [*range(1, order + 1)] * (n // order - 1)
+            orders += [*range(1, order), 1]
         else:
             orders = list(range(1, order + 1)) * (n // order)
             orders += list(range(1, n % order + 1)) if c.lower_order_final else []
@@ -316,31 +281,15 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint",
-        lower_order_final: bool = True,
-        euler_at_final: bool = False,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        lambda_min_clipped: float = -float("inf"),
-        variance_type: str | None = None,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint",
+        lower_order_final: bool = True, euler_at_final: bool = False, use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0, lambda_min_clipped: float = -float("inf"), variance_type: str | None = None,
+        timestep_spacing: str = "linspace", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
         self._check_options(ALGORITHMS)
         self._train()
         self.timesteps = self.timesteps.flip(0)

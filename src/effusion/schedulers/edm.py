@@ -18,7 +18,6 @@ from .dpmsolver import multistep, multistep_order
 from .euler import churn
 from .exponential import Level
 from .karras import KarrasScheduler, euler
-from .noise import Array
 from .sigma import upcast
 
 EDMEulerSchedulerOutput = DenoisedOutput
@@ -28,29 +27,33 @@ class EDMScheduler(KarrasScheduler):
     """Noise levels between ``sigma_min`` and ``sigma_max``, and the preconditioning of inputs and outputs."""
 
     _predictions = ("epsilon", "v_prediction")
+    _ramp_dtype = torch.float32
 
     def _train(self) -> None:
         c = self.config
         prediction.check(c.prediction_type, self._predictions, type(self).__name__)
         one_of("sigma_schedule", c.sigma_schedule, ("karras", "exponential"))
         one_of("final_sigmas_type", c.final_sigmas_type, ("zero", "sigma_min"))
-        self._lay_out(np.linspace(0, 1, c.num_train_timesteps), None)
+        self._lay_out(self._ramp(c.num_train_timesteps), None)
         self.num_inference_steps = None
 
-    def _lay_out(self, ramp: Array, device: Device) -> None:
+    def _lay_out(self, ramp: Tensor, device: Device) -> None:
         c = self.config
-        if c.sigma_schedule == "karras":
+        if c.sigma_schedule == "karras":  # in the precision of the ramp: a Brownian path tells bits apart
             low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
-            levels = ((high + ramp * (low - high)) ** c.rho).astype(np.float32)
+            levels = ((high + ramp * (low - high)) ** c.rho).float().numpy()
         else:
-            levels = spacing.exponential(c.sigma_min, c.sigma_max, len(ramp)).astype(np.float32)
+            levels = torch.linspace(math.log(c.sigma_min), math.log(c.sigma_max), len(ramp)).exp().flip(0).numpy()
         self.num_inference_steps = len(levels)
         last = levels[-1] if c.final_sigmas_type == "sigma_min" else np.float32(0)
         times = self.precondition_noise(torch.from_numpy(levels))
         self._begin(times, np.append(levels, last), device, torch.float32)
 
+    def _ramp(self, steps: int) -> Tensor:
+        return torch.linspace(0, 1, steps, dtype=self._ramp_dtype)
+
     @property
-    def init_noise_sigma(self) -> float:  # type: ignore[override]
+    def init_noise_sigma(self) -> float:
         return float((self.config.sigma_max**2 + 1) ** 0.5)
 
     def precondition_noise(self, sigma: Any) -> Tensor:
@@ -62,7 +65,7 @@ class EDMScheduler(KarrasScheduler):
 
     def precondition_inputs(self, sample: Tensor, sigma: Any) -> Tensor:
         """``c_in x``."""
-        return sample * self._get_conditioning_c_in(sigma)
+        return torch.mul(sample, self._get_conditioning_c_in(sigma))
 
     def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: Any) -> Tensor:
         """The denoised estimate ``c_skip x + c_out F``."""
@@ -82,18 +85,14 @@ class EDMScheduler(KarrasScheduler):
 class EDMEulerScheduler(EDMScheduler):
     """Karras et al. (2022), algorithm 2 with Euler steps only, for networks with EDM's preconditioning."""
 
+    _ramp_dtype = torch.float64
+
     @register_to_config
     def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        sigma_data: float = 0.5,
-        sigma_schedule: str = "karras",
-        num_train_timesteps: int = 1000,
-        prediction_type: str = "epsilon",
-        rho: float = 7.0,
-        final_sigmas_type: str = "zero",
-    ) -> None:
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5,
+        sigma_schedule: str = "karras", num_train_timesteps: int = 1000, prediction_type: str = "epsilon",
+        rho: float = 7.0, final_sigmas_type: str = "zero",
+    ) -> None:  # fmt: skip
         self._train()
 
     def set_timesteps(
@@ -106,10 +105,10 @@ class EDMEulerScheduler(EDMScheduler):
         exactly_one(num_inference_steps=num_inference_steps, sigmas=sigmas)
         if sigmas is not None:
             spacing.check_descending("1 - sigmas", [1 - float(s) for s in sigmas])
-            self._lay_out(np.array([float(s) for s in sigmas]), device)
+            self._lay_out(torch.tensor([float(s) for s in sigmas], dtype=self._ramp_dtype), device)
         else:
             assert num_inference_steps is not None
-            self._lay_out(np.linspace(0, 1, num_inference_steps), device)
+            self._lay_out(self._ramp(num_inference_steps), device)
 
     def step(
         self,
@@ -152,9 +151,9 @@ class EDMMultistepScheduler(EDMScheduler):
         """Begin a run of ``num_inference_steps`` steps."""
         if num_inference_steps is None or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps!r}: give the number of steps, at least 1")
-        self._lay_out(np.linspace(0, 1, num_inference_steps), device)
+        self._lay_out(self._ramp(num_inference_steps), device)
 
-    def _lay_out(self, ramp: Array, device: Device) -> None:
+    def _lay_out(self, ramp: Tensor, device: Device) -> None:
         super()._lay_out(ramp, device)
         self.model_outputs = [None] * self.config.solver_order
         self.lower_order_nums = 0
@@ -188,24 +187,13 @@ class EDMDPMSolverMultistepScheduler(EDMMultistepScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        sigma_data: float = 0.5,
-        sigma_schedule: str = "karras",
-        num_train_timesteps: int = 1000,
-        prediction_type: str = "epsilon",
-        rho: float = 7.0,
-        solver_order: int = 2,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint",
-        lower_order_final: bool = True,
-        euler_at_final: bool = False,
-        final_sigmas_type: str = "zero",
-    ) -> None:
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5,
+        sigma_schedule: str = "karras", num_train_timesteps: int = 1000, prediction_type: str = "epsilon",
+        rho: float = 7.0, solver_order: int = 2, thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
+        euler_at_final: bool = False, final_sigmas_type: str = "zero",
+    ) -> None:  # fmt: skip
         if algorithm_type == "deis":
             self.register_to_config(algorithm_type="dpmsolver++")
         one_of("algorithm_type", self.config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
@@ -241,25 +229,16 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        sigma_min: float = 0.3,
-        sigma_max: float = 500,
-        sigma_data: float = 1.0,
-        sigma_schedule: str = "exponential",
-        num_train_timesteps: int = 1000,
-        solver_order: int = 2,
-        prediction_type: str = "v_prediction",
-        rho: float = 7.0,
-        solver_type: str = "midpoint",
-        lower_order_final: bool = True,
-        euler_at_final: bool = False,
-        final_sigmas_type: str = "zero",
-    ) -> None:
+        self, sigma_min: float = 0.3, sigma_max: float = 500, sigma_data: float = 1.0,
+        sigma_schedule: str = "exponential", num_train_timesteps: int = 1000, solver_order: int = 2,
+        prediction_type: str = "v_prediction", rho: float = 7.0, solver_type: str = "midpoint",
+        lower_order_final: bool = True, euler_at_final: bool = False, final_sigmas_type: str = "zero",
+    ) -> None:  # fmt: skip
         one_of("solver_order", solver_order, (1, 2))
         self._check_solver()
         self._train()
 
-    def _lay_out(self, ramp: Array, device: Device) -> None:
+    def _lay_out(self, ramp: Tensor, device: Device) -> None:
         super()._lay_out(ramp, device)
         self.noise_sampler = None
 

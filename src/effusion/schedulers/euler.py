@@ -19,7 +19,9 @@ from .sigma import upcast
 EulerDiscreteSchedulerOutput = EulerAncestralDiscreteSchedulerOutput = DenoisedOutput
 
 
-def churn(sample: Tensor, sigma: float, gamma: float, s_noise: float, model_output: Tensor, generator: Generators) -> Tensor:  # fmt: skip
+def churn(
+    sample: Tensor, sigma: float, gamma: float, s_noise: float, model_output: Tensor, generator: Generators
+) -> Tensor:
     """Raise the noise level of ``sample`` from ``σ`` to ``σ (1 + γ)``: lines 4 to 6 of algorithm 2."""
     noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
     return torch.add(sample, noise, alpha=s_noise * sigma * ((1 + gamma) ** 2 - 1) ** 0.5)
@@ -33,25 +35,14 @@ class EulerDiscreteScheduler(KarrasScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        prediction_type: str = "epsilon",
-        interpolation_type: str = "linear",
-        use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False,
-        use_beta_sigmas: bool | None = False,
-        sigma_min: float | None = None,
-        sigma_max: float | None = None,
-        timestep_spacing: str = "linspace",
-        timestep_type: Literal["discrete", "continuous"] = "discrete",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-        final_sigmas_type: str = "zero",
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        prediction_type: str = "epsilon", interpolation_type: str = "linear", use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
+        sigma_min: float | None = None, sigma_max: float | None = None, timestep_spacing: str = "linspace",
+        timestep_type: Literal["discrete", "continuous"] = "discrete", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False, final_sigmas_type: str = "zero",
+    ) -> None:  # fmt: skip
         one_of("interpolation_type", interpolation_type, ("linear", "log_linear"))
         one_of("timestep_type", timestep_type, ("discrete", "continuous"))
         self._train()
@@ -151,17 +142,11 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        prediction_type: str = "epsilon", timestep_spacing: str = "linspace", steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._train()
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:

@@ -150,7 +150,8 @@ class LambdaScheduler(SigmaScheduler):
         """``α x_0 + σ ε``; samples ``(B, …)``, timesteps ``(B,)`` of this run."""
         sigma = like(self._near("sigmas", original_samples)[self._positions(timesteps)], original_samples)
         alpha, sigma = self._alpha_sigma(sigma)
-        return alpha * original_samples + sigma * noise
+        noisy: Tensor = alpha * original_samples + sigma * noise
+        return noisy
 
     def _index_of_unknown(self, value: float) -> int:
         return len(self.timesteps) - 1  # a timestep beside the run counts as its end

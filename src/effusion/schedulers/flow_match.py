@@ -158,22 +158,12 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5,
-        max_shift: float | None = 1.15,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
-        invert_sigmas: bool = False,
-        shift_terminal: float | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        time_shift_type: str = "exponential",
-        stochastic_sampling: bool = False,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5, max_shift: float | None = 1.15, base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096, invert_sigmas: bool = False, shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential", stochastic_sampling: bool = False,
+    ) -> None:  # fmt: skip
         self._train()
 
     def step(
@@ -222,8 +212,8 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         now, below = now[..., None], below[..., None]
         if self.config["stochastic_sampling"]:
             noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
-            return (1.0 - below) * (sample - now * model_output) + below * noise
-        return sample + (now - below) * model_output
+            return torch.add((1.0 - below) * (sample - now * model_output), below * noise)
+        return torch.add(sample, (now - below) * model_output)
 
 
 class FlowMatchHeunDiscreteScheduler(FlowScheduler):
@@ -245,7 +235,8 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler):
         self.num_inference_steps = steps
         levels = doubled(np.append(levels, np.float32(0)))
         self._begin(np.append(times[:1], times[1:].repeat(2)), levels, device, torch.float32)
-        self.sample = self.prev_derivative = None
+        self.sample = None
+        self.prev_derivative: Tensor | None = None
         self.dt: float | None = None
 
     @property
@@ -289,10 +280,12 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler):
             self.sample, self.prev_derivative, self.dt = sample, derivative, sigma_next - sigma * (gamma + 1)
             prev_sample = torch.add(sample, derivative, alpha=self.dt)
         else:
-            assert self.sample is not None and self.prev_derivative is not None and self.dt is not None
+            assert self.sample is not None
+            assert self.prev_derivative is not None
+            assert self.dt is not None
             mean = torch.add(self.prev_derivative, model_output)
             prev_sample = torch.add(self.sample, mean, alpha=self.dt / 2)
-            self.sample = self.prev_derivative = self.dt = None
+            self.sample, self.prev_derivative, self.dt = None, None, None
         self._advance()
         prev_sample = prev_sample.to(model_output.dtype)
         return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
@@ -303,23 +296,13 @@ class FlowMatchLCMScheduler(FlowScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        base_shift: float = 0.5,
-        max_shift: float = 1.15,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
-        invert_sigmas: bool = False,
-        shift_terminal: float | None = None,
-        use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False,
-        use_beta_sigmas: bool | None = False,
-        time_shift_type: str = "exponential",
-        scale_factors: list[float] | None = None,
-        upscale_mode: str = "bicubic",
-    ) -> None:
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5, max_shift: float = 1.15, base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096, invert_sigmas: bool = False, shift_terminal: float | None = None,
+        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False, time_shift_type: str = "exponential",
+        scale_factors: list[float] | None = None, upscale_mode: str = "bicubic",
+    ) -> None:  # fmt: skip
         self._train()
         self._init_size: Any = None
         self.set_scale_factors(scale_factors, upscale_mode)

@@ -25,6 +25,11 @@ def doubled(levels: Array) -> Array:
     return np.concatenate([levels[:1], levels[1:-1].repeat(2), levels[-1:]])
 
 
+def thrice(levels: Tensor) -> Tensor:
+    """Each level after the first twice, the last three times: ``(S + 1,) -> (2 S + 2,)``."""
+    return torch.cat([levels[:1], levels[1:].repeat_interleave(2), levels[-1:]])
+
+
 class TwoStageScheduler(KarrasScheduler):
     """A solver whose steps have two stages; ``sample`` holds where the step began, between them."""
 
@@ -58,21 +63,12 @@ class HeunDiscreteScheduler(TwoStageScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        prediction_type: str = "epsilon",
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        prediction_type: str = "epsilon", use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False, clip_sample: bool = False, clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
         self._train()
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
@@ -90,7 +86,8 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         levels, times = self._levels(steps, timesteps, num_train_timesteps)
         self.num_inference_steps = steps
         self._begin(np.append(times[:1], times[1:].repeat(2)), doubled(levels), device, torch.float32)
-        self.sample = self.prev_derivative = None
+        self.sample = None
+        self.prev_derivative: Tensor | None = None
         self.dt: float | None = None
 
     def step(
@@ -109,9 +106,11 @@ class HeunDiscreteScheduler(TwoStageScheduler):
             self.sample, self.prev_derivative, self.dt = sample, derivative, sigma_next - sigma
             prev_sample = torch.add(sample, derivative, alpha=self.dt)
         else:
-            assert self.sample is not None and self.prev_derivative is not None and self.dt is not None
+            assert self.sample is not None
+            assert self.prev_derivative is not None
+            assert self.dt is not None
             prev_sample = torch.add(self.sample, derivative.add_(self.prev_derivative), alpha=self.dt / 2)
-            self.sample = self.prev_derivative = self.dt = None
+            self.sample, self.prev_derivative, self.dt = None, None, None
         self._advance()
         return DenoisedOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
@@ -122,23 +121,41 @@ class MidpointScheduler(TwoStageScheduler):
     _compatibles = KARRAS_COMPATIBLES
     _predictions = ("epsilon", "v_prediction")
 
-    def _set(self, steps: int, train: int | None, device: Device) -> tuple[Array, Array]:
-        levels, times = self._levels(steps, None, train)
+    @register_to_config
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False,
+        prediction_type: str = "epsilon", timestep_spacing: str = "linspace", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
+        self._train()
+        self.set_timesteps(num_train_timesteps)
+        self.num_inference_steps = None
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: Device = None, num_train_timesteps: int | None = None
+    ) -> None:
+        """Begin a run of ``num_inference_steps`` steps of two calls each (the last has one)."""
+        levels, times = self._levels(num_inference_steps, None, num_train_timesteps)
         if self.config.use_karras_sigmas:
             times = times.round()
-        self.num_inference_steps = steps
+        self.num_inference_steps = num_inference_steps
         self.log_sigmas = torch.from_numpy(np.log(self._table())).to(device)
-        self.sample: Tensor | None = None
-        return levels, times
+        self.sample = None
+        self._lay_out(torch.from_numpy(levels), times, device)
 
-    def _interleave(self, middle: Tensor, times: Array, levels: Array, device: Device) -> None:
+    def _lay_out(self, sigmas: Tensor, times: Array, device: Device) -> None:
+        raise NotImplementedError
+
+    def _interleave(self, middle: Tensor, times: Array, sigmas: Tensor, device: Device) -> None:
         """Lay out the run: each timestep after the first follows that of the middle before it."""
         between = spacing.sigma_to_t(middle.numpy(), np.log(self._table()))[: len(times) - 1]
         mixed = np.append(times[:1], np.stack([between, times[1:]], axis=-1).flatten())
-        sigmas = torch.from_numpy(np.concatenate([levels[:1], levels[1:].repeat(2), levels[-1:]]))
-        self._begin(mixed, sigmas, device, torch.float32 if times.dtype == np.float32 else torch.float64)
+        self._begin(mixed, thrice(sigmas), device, torch.float32 if times.dtype == np.float32 else torch.float64)
 
-    def _second_stage(self, model_output: Tensor, x: Tensor, sigma: float, middle: float, end: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _second_stage(
+        self, model_output: Tensor, x: Tensor, sigma: float, middle: float, end: float
+    ) -> tuple[Tensor, Tensor]:
         """``x_0`` at the middle, and the step from the start with the slope there."""
         assert self.sample is not None
         x0 = self._denoised(model_output, x, middle)
@@ -150,35 +167,11 @@ class MidpointScheduler(TwoStageScheduler):
 class KDPM2DiscreteScheduler(MidpointScheduler):
     """Karras et al. (2022) with midpoint steps in log σ: DPM-Solver-2 of Lu et al. (2022) as in k-diffusion."""
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:
-        self._train()
-        self.set_timesteps(num_train_timesteps)
-        self.num_inference_steps = None
-
-    def set_timesteps(
-        self, num_inference_steps: int, device: Device = None, num_train_timesteps: int | None = None
-    ) -> None:
-        """Begin a run of ``num_inference_steps`` steps of two calls each (the last has one)."""
-        levels, times = self._set(num_inference_steps, num_train_timesteps, device)
-        sigmas = torch.from_numpy(levels)
+    def _lay_out(self, sigmas: Tensor, times: Array, device: Device) -> None:
         before = sigmas.roll(1)
         middle = sigmas.log().lerp(before.log(), 0.5).exp()  # (S + 1,), entry i between levels i - 1 and i
-        self._interleave(middle[1:], times, levels, device)
-        self.sigmas_interpol = torch.cat([middle[:1], middle[1:].repeat_interleave(2), middle[-1:]])
+        self._interleave(middle[1:], times, sigmas, device)
+        self.sigmas_interpol = thrice(middle)
 
     def _inner_sigma(self) -> float:
         assert self._step_index is not None
@@ -204,40 +197,15 @@ class KDPM2DiscreteScheduler(MidpointScheduler):
 class KDPM2AncestralDiscreteScheduler(MidpointScheduler):
     """Midpoint steps to a lower level than the next, and new noise up to it: DPM2 a of k-diffusion."""
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:
-        self._train()
-        self.set_timesteps(num_train_timesteps)
-        self.num_inference_steps = None
-
-    def set_timesteps(
-        self, num_inference_steps: int, device: Device = None, num_train_timesteps: int | None = None
-    ) -> None:
-        """Begin a run of ``num_inference_steps`` steps of two calls each (the last has one)."""
-        levels, times = self._set(num_inference_steps, num_train_timesteps, device)
-        sigmas = torch.from_numpy(levels)
+    def _lay_out(self, sigmas: Tensor, times: Array, device: Device) -> None:
         after = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
         up = (after**2 * (sigmas**2 - after**2) / sigmas**2) ** 0.5
         down = (after**2 - up**2) ** 0.5
         down[-1] = 0.0
         middle = sigmas.log().lerp(down.log(), 0.5).exp()  # (S + 1,), entry i below level i
         middle[-2:] = 0.0
-        self._interleave(middle, times, levels, device)
-        twice = [torch.cat([v[:1], v[1:].repeat_interleave(2), v[-1:]]) for v in (middle, up, down)]
-        self.sigmas_interpol, self.sigmas_up, self.sigmas_down = twice
+        self._interleave(middle, times, sigmas, device)
+        self.sigmas_interpol, self.sigmas_up, self.sigmas_down = thrice(middle), thrice(up), thrice(down)
 
     def _inner_sigma(self) -> float:
         assert self._step_index is not None
@@ -278,20 +246,12 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        prediction_type: str = "epsilon",
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        noise_sampler_seed: int | None = None,
-        timestep_spacing: str = "linspace",
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        prediction_type: str = "epsilon", use_karras_sigmas: bool = False, use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False, noise_sampler_seed: int | None = None, timestep_spacing: str = "linspace",
         steps_offset: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._train()
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps = None
@@ -307,7 +267,8 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         mixed = np.append(times[:1], times[1:].repeat(2)).astype(np.float64)
         mixed[1::2] = spacing.sigma_to_t(np.exp(logs[:-1] + np.diff(logs) / 2), np.log(self._table()))
         self._begin(mixed, doubled(levels), device, torch.float64)
-        self.sample = self.mid_point_sigma = self.noise_sampler = None
+        self.sample, self.noise_sampler = None, None
+        self.mid_point_sigma: Tensor | None = None
 
     def _inner_sigma(self) -> float:
         assert self.mid_point_sigma is not None

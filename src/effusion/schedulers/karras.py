@@ -25,16 +25,16 @@ class KarrasScheduler(SigmaScheduler):
         self._begin(np.arange(len(self.betas))[::-1], np.append(self._table()[::-1], 0.0), None, torch.float32)
 
     @property
-    def init_noise_sigma(self) -> Any:  # type: ignore[override]
+    def init_noise_sigma(self) -> Any:
         """Standard deviation of the first sample: that of pure noise at the highest level of the run."""
         highest = self.sigmas.max()
         return highest if self.config.timestep_spacing in ("linspace", "trailing") else (highest**2 + 1) ** 0.5
 
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:  # type: ignore[override]
         """``x / sqrt(σ² + 1)``, the sample as the network was trained to see it; same shape."""
         sigma = self._sigma(timestep)
         self.is_scale_input_called = True
-        return sample / (sigma * sigma + 1) ** 0.5
+        return torch.div(sample, (sigma * sigma + 1) ** 0.5)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``x_0 + σ ε``; samples ``(B, …)``, timesteps ``(B,)`` of this run."""
@@ -51,7 +51,8 @@ class KarrasScheduler(SigmaScheduler):
             self._check_custom(timesteps, c.num_train_timesteps)
             self._refuse_custom("timesteps", *TRANSFORMS)
             given = np.array(timesteps)
-        times, table = given.astype(self._times_dtype), self._table()
+        times: Array = given.astype(self._times_dtype)
+        table = self._table()
         levels = self._interpolated(times, table)
         changed = self._transform(levels, steps)
         if changed is not None:

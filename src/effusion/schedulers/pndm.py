@@ -36,18 +36,11 @@ class PNDMScheduler(AlphaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        skip_prk_steps: bool = False,
-        set_alpha_to_one: bool = False,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None,
+        skip_prk_steps: bool = False, set_alpha_to_one: bool = False, prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
         self._train()
         self._forget()
 

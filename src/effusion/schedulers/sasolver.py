@@ -71,31 +71,15 @@ class SASolverScheduler(LambdaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        predictor_order: int = 2,
-        corrector_order: int = 2,
-        prediction_type: str = "epsilon",
-        tau_func: Callable[[Any], float] | None = None,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        algorithm_type: str = "data_prediction",
-        lower_order_final: bool = True,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        lambda_min_clipped: float = -float("inf"),
-        variance_type: str | None = None,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, predictor_order: int = 2,
+        corrector_order: int = 2, prediction_type: str = "epsilon", tau_func: Callable[[Any], float] | None = None,
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
+        algorithm_type: str = "data_prediction", lower_order_final: bool = True, use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0, lambda_min_clipped: float = -float("inf"), variance_type: str | None = None,
+        timestep_spacing: str = "linspace", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
         one_of("algorithm_type", algorithm_type, ("data_prediction", "noise_prediction"))
         one_of("predictor_order", predictor_order, (1, 2, 3, 4))
         one_of("corrector_order", corrector_order, (1, 2, 3, 4))
@@ -116,6 +100,7 @@ class SASolverScheduler(LambdaScheduler):
         self.last_sample: Tensor | None = None
         self.last_noise: Tensor | None = None
         self._tau = 0.0
+        self.this_corrector_order = 1
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
         """Begin a run of ``num_inference_steps`` steps."""

@@ -42,7 +42,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         self.num_inference_steps = None
 
     @property
-    def init_noise_sigma(self) -> float:  # type: ignore[override]
+    def init_noise_sigma(self) -> float:
         return float(self.config.sigma_max)
 
     def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:
@@ -108,7 +108,9 @@ class ScoreSdeVeScheduler(SchedulerMixin):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """There is no single step: raise :class:`ValueError` that says what to call."""
-        raise ValueError("ScoreSdeVeScheduler has no `step`: call `step_correct` config.correct_steps times, then `step_pred`")
+        raise ValueError(
+            "ScoreSdeVeScheduler has no `step`: call `step_correct` config.correct_steps times, then `step_pred`"
+        )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
         """``x_0 + σ ε``; samples ``(B, …)``, ``timesteps`` indices of levels ``(B,)``."""

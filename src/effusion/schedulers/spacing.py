@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ def timesteps(spacing: str, steps: int, train: int, offset: int = 0, *, last: in
         )
     if spacing == "linspace":
         spread = np.linspace(0, last - 1, steps + extra)
-        return (spread.round() if rounded else spread)[::-1][:steps].copy()
+        return np.asarray((spread.round() if rounded else spread)[::-1][:steps])
     if spacing == "leading":
-        return (np.arange(steps + extra) * (last // (steps + extra)))[::-1][:steps] + float(offset)
+        return np.asarray((np.arange(steps + extra) * (last // (steps + extra)))[::-1][:steps] + float(offset))
     if spacing == "trailing":
         return np.round(np.arange(last, 0, -train / steps))[:steps] - 1.0
     raise ValueError(f"timestep_spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
@@ -50,11 +51,11 @@ def rising(spacing: str, steps: int, train: int, noisiest: int, offset: int = 0)
     if not 1 <= steps <= train:
         raise ValueError(f"num_inference_steps={steps!r}: choose 1 to num_train_timesteps={train}")
     if spacing == "linspace":
-        return np.linspace(0, noisiest, steps + 1).round()[:-1]
+        return np.asarray(np.linspace(0, noisiest, steps + 1).round()[:-1])
     if spacing == "leading":
-        return np.arange(steps) * ((noisiest + 1) // (steps + 1)) + float(offset)
+        return np.asarray(np.arange(steps) * ((noisiest + 1) // (steps + 1)) + float(offset))
     if spacing == "trailing":
-        return np.arange(noisiest + 1, 0, -train / steps).round()[:steps][::-1] - 1.0
+        return np.asarray(np.arange(noisiest + 1, 0, -train / steps).round()[:steps][::-1] - 1.0)
     raise ValueError(f"timestep_spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
 
 
@@ -118,7 +119,7 @@ def check_descending(name: str, values: Sequence[float] | Array, below: float | 
     listed = [float(v) for v in values]
     if not listed:
         raise ValueError(f"`{name}` is empty; give at least one value")
-    for i, (a, b) in enumerate(zip(listed, listed[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(listed)):
         if not b < a:
             raise ValueError(f"`{name}` must be in descending order, but entry {i + 1} ({b:g}) follows {a:g}")
     if below is not None and listed[0] >= below:

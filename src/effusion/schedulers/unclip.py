@@ -83,7 +83,9 @@ class UnCLIPScheduler(AlphaScheduler):
     def _beta(self, t: int, t_prev: int, bar: Any, bar_prev: Any) -> Any:
         return self._list("betas")[t] if t_prev == t - 1 else type(bar)(1) - bar / bar_prev
 
-    def _add_variance(self, prev_sample: Tensor, noise: Tensor, small: Any, beta: Any, predicted: Tensor | None) -> None:
+    def _add_variance(
+        self, prev_sample: Tensor, noise: Tensor, small: Any, beta: Any, predicted: Tensor | None
+    ) -> None:
         if self.variance_type == "fixed_small_log":
             log = np.log(np.maximum(small, type(small)(1e-20)))
             prev_sample.add_(noise, alpha=float(np.exp(type(small)(0.5) * log)))

@@ -62,37 +62,18 @@ class UniPCMultistepScheduler(LambdaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Array | list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        predict_x0: bool = True,
-        solver_type: str = "bh2",
-        lower_order_final: bool = True,
-        disable_corrector: list[int] = [],  # noqa: B006 (the ecosystem's signature; never written to)
-        solver_p: SchedulerMixin | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        final_sigmas_type: str = "zero",
-        rescale_betas_zero_snr: bool = False,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
-        sigma_min: float | None = None,
-        sigma_max: float | None = None,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: Array | list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, predict_x0: bool = True, solver_type: str = "bh2",
+        lower_order_final: bool = True, disable_corrector: list[int] = [],  # noqa: B006 (the ecosystem's signature; never written to)
+        solver_p: SchedulerMixin | None = None, use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False, use_beta_sigmas: bool = False, use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0, timestep_spacing: str = "linspace", steps_offset: int = 0,
+        final_sigmas_type: str = "zero", rescale_betas_zero_snr: bool = False, use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential", sigma_min: float | None = None, sigma_max: float | None = None,
         shift_terminal: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if solver_type in ("midpoint", "heun", "logrho"):  # of DPM-Solver and DEIS
             self.register_to_config(solver_type="bh2")
         one_of("solver_type", self.config.solver_type, ("bh1", "bh2"))
@@ -154,7 +135,9 @@ class UniPCMultistepScheduler(LambdaScheduler):
 
     def _shifted(self, levels: Array, mu: float | None) -> Array:
         c = self.config
-        levels = self.time_shift(mu or 0.0, 1.0, levels) if c.use_dynamic_shifting else spacing.shift(levels, c.flow_shift)
+        levels = (
+            self.time_shift(mu or 0.0, 1.0, levels) if c.use_dynamic_shifting else spacing.shift(levels, c.flow_shift)
+        )
         if c.shift_terminal:
             levels = self.stretch_shift_to_terminal(levels)
         if abs(levels[0] - 1) < 1e-6:  # at α = 0 the predictor would divide by zero

@@ -58,7 +58,8 @@ class VQDiffusionScheduler(SchedulerMixin):
         att, ctt = np.append(att[1:], 1.0), np.append(ctt[1:], 0.0)
         bt, btt = (1 - at - ct) / self.mask_class, (1 - att - ctt) / self.mask_class
         with np.errstate(divide="ignore"):
-            for name, table in (("at", at), ("bt", bt), ("ct", ct), ("cumprod_at", att), ("cumprod_bt", btt), ("cumprod_ct", ctt)):  # fmt: skip
+            tables = {"at": at, "bt": bt, "ct": ct, "cumprod_at": att, "cumprod_bt": btt, "cumprod_ct": ctt}
+            for name, table in tables.items():
                 setattr(self, f"log_{name}", torch.from_numpy(table).log().float())
         self.num_inference_steps = None
         self._begin(np.arange(num_train_timesteps)[::-1], None, None, torch.int64)
