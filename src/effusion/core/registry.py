@@ -45,6 +45,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "KDPM2DiscreteScheduler",
     ),
     "effusion.schedulers.lms": ("LMSDiscreteScheduler",),
+    "effusion.schedulers.names": ("by_name",),
     "effusion.schedulers.pndm": ("IPNDMScheduler", "PNDMScheduler"),
     "effusion.schedulers.sasolver": ("SASolverScheduler",),
     "effusion.schedulers.score_ve": ("ScoreSdeVeScheduler",),
@@ -88,6 +89,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "StableDiffusionXLPipelineOutput",
         "StableDiffusion3PipelineOutput",
         "FluxPipelineOutput",
+        "QwenImagePipelineOutput",
     ),
     "effusion.pipelines.callbacks": (
         "PipelineCallback",
@@ -117,6 +119,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "effusion.pipelines.pixart": ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     "effusion.pipelines.dit": ("DiTPipeline",),
+    "effusion.pipelines.qwen_image": (
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageEditPipeline",
+    ),
     "effusion.pipelines.flux": (
         "FluxPipeline",
         "FluxImg2ImgPipeline",

@@ -138,12 +138,9 @@ class SchedulerMixin(ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls: type[Self],
-        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
-        subfolder: str | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+        cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None, return_unused_kwargs: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Build the scheduler that ``scheduler_config.json`` of a folder or hub repository describes.
 
         Raises:

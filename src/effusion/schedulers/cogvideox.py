@@ -67,16 +67,10 @@ class CogVideoXDDIMScheduler(ShiftedScheduler):
     """Song et al. (2021), eq. 12, on CogVideoX's schedule; deterministic."""
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The deterministic step from ``timestep`` (the options of DDIM are accepted); shapes ``(B, F, C, H, W)``."""
         t, t_prev = self._step_between(timestep)
         x0 = self._x0(model_output, sample, t)
@@ -96,18 +90,10 @@ class CogVideoXDPMScheduler(ShiftedScheduler):
         return 0.5 * math.log(bar / (1 - bar))
 
     def step(
-        self,
-        model_output: Tensor,
-        old_pred_original_sample: Tensor | None,
-        timestep: Any,
-        timestep_back: Any,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = False,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+        self, model_output: Tensor, old_pred_original_sample: Tensor | None, timestep: Any, timestep_back: Any,
+        sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = False,
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The step from ``timestep``, of second order once there is an estimate; shapes ``(B, F, C, H, W)``.
 
         Args:

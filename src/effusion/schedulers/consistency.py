@@ -55,13 +55,9 @@ class DistilledScheduler(AlphaScheduler):
         self._train()
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        original_inference_steps: int | None = None,
-        timesteps: list[int] | None = None,
-        strength: float = 1.0,
-    ) -> None:
+        self, num_inference_steps: int | None = None, device: Device = None,
+        original_inference_steps: int | None = None, timesteps: list[int] | None = None, strength: float = 1.0,
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps out of the trajectory, or over descending ``timesteps``."""
         exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         train = self.config.num_train_timesteps
@@ -116,13 +112,9 @@ class LCMScheduler(DistilledScheduler):
         return self.sigma_data**2 / norm, scaled / norm**0.5
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """Jump to the end, then add the noise of the next timestep; shapes ``(B, C, …)``."""
         i = self._enter(timestep, model_output, sample)
         times = self._list("timesteps")
@@ -149,14 +141,9 @@ class TCDScheduler(DistilledScheduler):
         return np.arange(int(self.config.num_train_timesteps * strength))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.3,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.3, generator: Generators = None,
         return_dict: bool = True,
-    ) -> TCDSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> TCDSchedulerOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """Jump to timestep ``s = (1 - eta) t'``, then diffuse up to the next timestep ``t'``; shapes ``(B, C, …)``."""
         i = self._enter(timestep, model_output, sample)
         if not 0 <= eta <= 1:
@@ -205,11 +192,8 @@ class CMStochasticIterativeScheduler(KarrasScheduler):
         return np.asarray(1000 * 0.25 * np.log(np.asarray(sigmas, dtype=np.float64) + 1e-44))
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        timesteps: list[int] | None = None,
-    ) -> None:
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps, or over descending indices into the training schedule."""
         exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         train = self.config.num_train_timesteps
@@ -240,13 +224,9 @@ class CMStochasticIterativeScheduler(KarrasScheduler):
         return variance / (above**2 + variance), above * variance**0.5 / (sigma**2 + variance) ** 0.5
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """Jump to the end, then add the noise of the next level; shapes ``(B, C, …)``."""
         i = self._enter(timestep, model_output, sample)
         c, sigmas = self.config, self._list("sigmas")

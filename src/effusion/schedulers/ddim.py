@@ -44,16 +44,10 @@ class DDIMScheduler(AlphaScheduler):
         return float(_variance(self._level(int(timestep))[0], self._level(int(prev_timestep))[0]))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The step of eq. 12 from ``timestep``; shapes ``(B, C, …)``.
 
         Args:
@@ -74,17 +68,10 @@ class DDIMScheduler(AlphaScheduler):
         )
 
     def _between(
-        self,
-        model_output: Tensor,
-        sample: Tensor,
-        t: int,
-        t_prev: int,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
+        self, model_output: Tensor, sample: Tensor, t: int, t_prev: int, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """Eq. 12 between any two timesteps."""
         (bar, alpha, sigma), (bar_prev, alpha_prev, sigma_prev) = self._level(t), self._level(t_prev)
         x0 = self._estimate(model_output, sample, alpha, sigma)
@@ -125,13 +112,9 @@ class DDIMParallelScheduler(DDIMScheduler):
     _is_ode_scheduler = True
 
     def batch_step_no_noise(
-        self,
-        model_output: Tensor,
-        timesteps: Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
+        self, model_output: Tensor, timesteps: Tensor, sample: Tensor, eta: float = 0.0,
         use_clipped_model_output: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The deterministic step of each item of the batch from its own timestep ``(B,)``."""
         self._check_run()
         if eta != 0:

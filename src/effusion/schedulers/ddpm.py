@@ -41,11 +41,8 @@ class DDPMScheduler(AlphaScheduler):
         self.custom_timesteps = False
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        timesteps: list[int] | None = None,
-    ) -> None:
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps, or over the given descending ``timesteps``."""
         exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         if timesteps is not None:
@@ -96,13 +93,9 @@ class DDPMScheduler(AlphaScheduler):
         return alpha, beta, np.maximum((one - bar_prev) / (one - bar) * beta, type(bar)(1e-20))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """One ancestral step, eq. 6 and 7; shapes ``(B, C, …)``, the output of twice the channels with its variance.
 
         Raises:

@@ -128,12 +128,9 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
         return bool(self.config.beta_schedule != "squaredcos_cap_v2")
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        mu: float | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
         timesteps: list[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps, or over descending ``timesteps``; ``mu`` shifts flow levels."""
         exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         self._shift_by(mu)
@@ -141,14 +138,9 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
         self._launch(levels, self._last_sigma(), times, device)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One multistep step; shapes ``(B, C, …)``; ``variance_noise`` replaces the noise of the SDE variants.
 
         Raises:
@@ -230,12 +222,9 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         return orders
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        mu: float | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
         timesteps: list[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` calls, or over descending ``timesteps``; ``mu`` shifts flow levels."""
         exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         c, steps = self.config, num_inference_steps or len(timesteps or ())
@@ -250,13 +239,9 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         self.order_list = self.get_order_list(steps)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One stage, which begins again from where its step began; shapes ``(B, C, …)``."""
         i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
         self._remember(self._convert(model_output, sample, grid[i]))

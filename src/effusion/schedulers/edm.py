@@ -96,11 +96,9 @@ class EDMEulerScheduler(EDMScheduler):
         self._train()
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
+        self, num_inference_steps: int | None = None, device: Device = None,
         sigmas: Tensor | list[float] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps; ``sigmas`` are the ramp from 0 to 1 that makes the levels."""
         exactly_one(num_inference_steps=num_inference_steps, sigmas=sigmas)
         if sigmas is not None:
@@ -111,18 +109,10 @@ class EDMEulerScheduler(EDMScheduler):
             self._lay_out(self._ramp(num_inference_steps), device)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = float("inf"), s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
         pred_original_sample: Tensor | None = None,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """One Euler step, from ``pred_original_sample`` where it is given; shapes ``(B, C, …)``."""
         self._refuse_integer(timestep)
         i = self._enter(timestep, model_output, sample)
@@ -202,13 +192,9 @@ class EDMDPMSolverMultistepScheduler(EDMMultistepScheduler):
         self._train()
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One multistep step; shapes ``(B, C, …)``."""
         i, c = self._enter(timestep, model_output, sample), self.config
         x0 = self.precondition_outputs(sample, model_output, self._list("sigmas")[i])
@@ -247,13 +233,9 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
         return (sigma if isinstance(sigma, Tensor) else torch.tensor([sigma])).atan() / math.pi * 2
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One multistep step; the generator's seed determines the Brownian path; shapes ``(B, C, …)``."""
         i = self._enter(timestep, model_output, sample)
         sigmas = self._list("sigmas")

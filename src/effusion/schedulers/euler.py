@@ -55,12 +55,9 @@ class EulerDiscreteScheduler(KarrasScheduler):
         return bool(self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction")
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        timesteps: list[int] | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps, over descending ``timesteps``, or over ``sigmas`` with its end.
 
         Raises:
@@ -90,17 +87,9 @@ class EulerDiscreteScheduler(KarrasScheduler):
         return np.asarray(torch.linspace(high, low, len(times) + 1).exp().numpy())
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+        self, model_output: Tensor, timestep: Any, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = float("inf"), s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """One Euler step, after raising the noise by ``s_churn`` where ``s_tmin <= σ <= s_tmax``; shapes ``(B, C, …)``.
 
         Raises:
@@ -156,13 +145,9 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
         self._begin(times, levels, device, torch.float32)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """One ancestral step; shapes ``(B, C, …)``."""
         self._refuse_integer(timestep)
         i = self._enter(timestep, model_output, sample)

@@ -82,13 +82,9 @@ class FlowScheduler(SchedulerMixin):
         return spacing.beta(low, high, len(levels)) if c.use_beta_sigmas else levels
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
+        mu: float | None = None, timesteps: list[float] | None = None,
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps, or over given levels or timesteps.
 
         Args:
@@ -167,18 +163,10 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         self._train()
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        per_token_timesteps: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        self, model_output: Tensor, timestep: Any, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = float("inf"), s_noise: float = 1.0, generator: Generators = None,
+        per_token_timesteps: Tensor | None = None, return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One Euler step; shapes ``(B, …)``, or ``(B, L, C)`` with a timestep per token ``(B, L)``.
 
         ``s_churn`` and its companions are accepted, as the signature of Euler's scheduler has them; flow
@@ -255,17 +243,9 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler):
         return combine((sigma, noise), (1.0 - sigma, sample))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        self, model_output: Tensor, timestep: Any, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = float("inf"), s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """A stage: an Euler step (after churn), or the correction of it with the mean slope; shapes ``(B, …)``."""
         self._refuse_integer(timestep)
         i = self._enter(timestep, model_output, sample)
@@ -312,13 +292,9 @@ class FlowMatchLCMScheduler(FlowScheduler):
         self._scale_factors, self._upscale_mode = scale_factors, upscale_mode
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """Jump to the end, grow if asked to, add the noise of the next level; shapes ``(B, C, H, W)``."""
         self._refuse_integer(timestep)
         factors = self._scale_factors or []

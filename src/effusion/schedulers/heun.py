@@ -74,12 +74,9 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         self.num_inference_steps = None
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        num_train_timesteps: int | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None,
         timesteps: list[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps (of two calls each), or over descending ``timesteps``."""
         exactly_one(num_inference_steps=num_inference_steps, timesteps=timesteps)
         steps = num_inference_steps or len(timesteps or ())
@@ -212,13 +209,9 @@ class KDPM2AncestralDiscreteScheduler(MidpointScheduler):
         return self._list("sigmas_interpol")[self._step_index - 1]
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """A stage: to the middle, or the whole step with the slope there and new noise; shapes ``(B, C, …)``."""
         i = self._enter(timestep, model_output, sample)
         sigma, _ = self._stage(i)

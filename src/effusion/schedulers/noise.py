@@ -96,15 +96,10 @@ class NoiseSchedule:
 
     @staticmethod
     def build(
-        num_train_timesteps: int,
-        beta_start: float,
-        beta_end: float,
-        beta_schedule: str,
-        trained_betas: Sequence[float] | Array | None = None,
-        rescale_betas_zero_snr: bool = False,
-        last_alpha_bar: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> NoiseSchedule:
+        num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str,
+        trained_betas: Sequence[float] | Array | None = None, rescale_betas_zero_snr: bool = False,
+        last_alpha_bar: float | None = None, dtype: torch.dtype = torch.float32,
+    ) -> NoiseSchedule:  # fmt: skip
         """The schedule of a scheduler's configuration.
 
         ``last_alpha_bar`` replaces the zero that a zero-terminal-SNR schedule ends with, for the

@@ -114,13 +114,9 @@ class SASolverScheduler(LambdaScheduler):
         return self._data_or_noise(self.predict_x0, model_output, sample, level)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """Correct the sample with the model output at it, then predict the next one; shapes ``(B, C, …)``."""
         i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
         converted = self._convert(model_output, sample, grid[i])

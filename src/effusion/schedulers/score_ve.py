@@ -30,14 +30,9 @@ class ScoreSdeVeScheduler(SchedulerMixin):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 2000,
-        snr: float = 0.15,
-        sigma_min: float = 0.01,
-        sigma_max: float = 1348.0,
-        sampling_eps: float = 1e-5,
-        correct_steps: int = 1,
-    ) -> None:
+        self, num_train_timesteps: int = 2000, snr: float = 0.15, sigma_min: float = 0.01, sigma_max: float = 1348.0,
+        sampling_eps: float = 1e-5, correct_steps: int = 1,
+    ) -> None:  # fmt: skip
         self.set_sigmas(num_train_timesteps)
         self.num_inference_steps = None
 
@@ -54,12 +49,9 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         self._begin(torch.linspace(1, end, num_inference_steps), None, device, torch.float32)
 
     def set_sigmas(
-        self,
-        num_inference_steps: int,
-        sigma_min: float | None = None,
-        sigma_max: float | None = None,
+        self, num_inference_steps: int, sigma_min: float | None = None, sigma_max: float | None = None,
         sampling_eps: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Set the noise levels: a geometric progression with a level per step."""
         low = self.config.sigma_min if sigma_min is None else sigma_min
         high = self.config.sigma_max if sigma_max is None else sigma_max
@@ -74,13 +66,9 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         return torch.where(timesteps == 0, torch.zeros_like(t.to(timesteps.device)), below)
 
     def step_pred(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SdeVeOutput | tuple[Tensor, Tensor]:
+    ) -> SdeVeOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The predictor: a reverse-diffusion step along the score ``model_output``; shapes ``(B, C, …)``."""
         self._check_run()
         self._check_shapes(model_output, sample)

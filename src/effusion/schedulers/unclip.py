@@ -25,14 +25,10 @@ class UnCLIPScheduler(AlphaScheduler):
 
     @register_to_config
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        variance_type: str = "fixed_small_log",
-        clip_sample: bool = True,
-        clip_sample_range: float | None = 1.0,
-        prediction_type: str = "epsilon",
+        self, num_train_timesteps: int = 1000, variance_type: str = "fixed_small_log", clip_sample: bool = True,
+        clip_sample_range: float | None = 1.0, prediction_type: str = "epsilon",
         beta_schedule: str = "squaredcos_cap_v2",
-    ) -> None:
+    ) -> None:  # fmt: skip
         one_of("beta_schedule", beta_schedule, ("squaredcos_cap_v2",))
         one_of("variance_type", variance_type, ("fixed_small_log", "learned_range"))
         prediction.check(prediction_type, self._predictions, type(self).__name__)
@@ -50,14 +46,9 @@ class UnCLIPScheduler(AlphaScheduler):
         self._begin(times[::-1], None, device, torch.int64)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        prev_timestep: Any = None,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
+        self, model_output: Tensor, timestep: Any, sample: Tensor, prev_timestep: Any = None,
+        generator: Generators = None, return_dict: bool = True,
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """One ancestral step to ``prev_timestep`` (or the one before); shapes ``(B, C, …)``.
 
         With ``variance_type="learned_range"`` the model output may have twice the channels, variance last.

@@ -92,12 +92,9 @@ class UniPCMultistepScheduler(LambdaScheduler):
         self.this_order = 0
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        sigmas: list[float] | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
         mu: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a run of ``num_inference_steps`` steps, or over given flow levels ``sigmas``; ``mu`` shifts those."""
         c = self.config
         if sigmas is not None:

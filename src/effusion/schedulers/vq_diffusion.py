@@ -41,14 +41,9 @@ class VQDiffusionScheduler(SchedulerMixin):
 
     @register_to_config
     def __init__(
-        self,
-        num_vec_classes: int,
-        num_train_timesteps: int = 100,
-        alpha_cum_start: float = 0.99999,
-        alpha_cum_end: float = 0.000009,
-        gamma_cum_start: float = 0.000009,
-        gamma_cum_end: float = 0.99999,
-    ) -> None:
+        self, num_vec_classes: int, num_train_timesteps: int = 100, alpha_cum_start: float = 0.99999,
+        alpha_cum_end: float = 0.000009, gamma_cum_start: float = 0.000009, gamma_cum_end: float = 0.99999,
+    ) -> None:  # fmt: skip
         self.num_embed = num_vec_classes
         self.mask_class = num_vec_classes - 1
         ramp = np.arange(num_train_timesteps) / (num_train_timesteps - 1)
@@ -74,13 +69,9 @@ class VQDiffusionScheduler(SchedulerMixin):
             setattr(self, f"log_{name}", getattr(self, f"log_{name}").to(device))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> VQDiffusionSchedulerOutput | tuple[Tensor]:
+    ) -> VQDiffusionSchedulerOutput | tuple[Tensor]:  # fmt: skip
         """Draw the classes of the step before.
 
         Args:
