@@ -23,7 +23,6 @@ from ..weights.prepare import LoadOptions, Prepared
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="ModelMixin")
-WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
 class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
@@ -33,11 +32,14 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         _keep_in_fp32_modules: parts of module paths whose weights stay float32 in half precision.
         _keys_to_ignore_on_load_unexpected: patterns (``fnmatch``) of names in files that mean nothing.
         _legacy_keys: old parts of weight names -> what they are called now.
+        _key_prefixes: prefixes of all weight names that files may have or lack.
         _repeated_blocks: class names of the blocks that :meth:`compile_repeated_blocks` compiles.
         _no_split_modules: class names of modules that stay on one device.
     """
 
     config_name = "config.json"
+    _weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+    _key_prefixes: ClassVar[tuple[str, ...]] = ()
     _keep_in_fp32_modules: ClassVar[list[str] | None] = None
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
     _legacy_keys: ClassVar[Mapping[str, str]] = {}
@@ -87,7 +89,8 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             torch_dtype, dtype: what the floating-point weights become; float32 if not given, ``"auto"``: as stored.
             use_safetensors: ``True`` safetensors only, ``False`` torch files only, ``None`` safetensors first.
             low_cpu_mem_usage: accepted; memory is never more than the weights and one tensor.
-            device_map: a device, or ``{"": device}``.
+            device_map: ``"auto"``, a device, or a dictionary of parts to devices, ``"cpu"``, ``"disk"``;
+                with ``max_memory`` and ``offload_folder``, see :meth:`apply_device_map`.
             ignore_mismatched_sizes: initialise weights anew whose shape differs from the file's.
             output_loading_info: return ``(model, info)``.
             disable_mmap: read the files instead of mapping them.
@@ -96,9 +99,12 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         Raises:
             CheckpointError: a file is missing, broken, or does not fit; every key is listed.
         """
+        places = {name: kwargs.pop(name, None) for name in ("device_map", "max_memory", "offload_folder")}
         options = LoadOptions.take(kwargs)
         prepared = cls._prepare(pretrained_model_name_or_path, options, **kwargs)
         model = prepared.build()
+        if places["device_map"] is not None:
+            model.apply_device_map(**places)
         return (model, prepared.match.as_info()) if options.output_loading_info else model
 
     @classmethod
@@ -109,13 +115,13 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         config, commit = cls.load_config(path, return_commit_hash=True, **options.where)
         where = {**options.where, "revision": commit} if commit else options.where
         cls._check_class(config, path)
-        checkpoint = options.open(path, (WEIGHTS_NAME,), where)
+        checkpoint = options.open(path, (cls._weights_stem,), where)
         return Prepared.of(cls, config, checkpoint, options, config_changes, str(path))
 
     @classmethod
     def _check_class(cls, config: Mapping[str, Any], path: Any) -> None:
         saved = config.get("_class_name")
-        if not isinstance(saved, str) or saved in {c.__name__ for c in cls.__mro__}:
+        if not isinstance(saved, str) or saved in {c.__name__ for c in (*cls.__mro__, *cls._get_compatibles())}:
             return
         module = registry.public_names().get(saved, "")
         if module.startswith("effusion.models.") and not issubclass(registry.find_class("diffusers", saved), cls):
@@ -147,16 +153,20 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             self.save_config(aside)
             written = saving.save_weights(
                 aside,
-                self.state_dict(),
-                stem=WEIGHTS_NAME,
+                self._state_to_save(),
+                stem=self._weights_stem,
                 variant=variant,
                 max_shard_size=max_shard_size,
                 safe_serialization=safe_serialization,
                 save_function=save_function,
             )
-        saving.remove_stale(folder, written, WEIGHTS_NAME, variant)
+        saving.remove_stale(folder, written, self._weights_stem, variant)
         if push_to_hub:
             hub.upload_folder(folder, **kwargs)
+
+    def _state_to_save(self) -> dict[str, torch.Tensor]:
+        """What a save writes, under the names that files have."""
+        return self.state_dict()
 
     def push_to_hub(
         self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any

@@ -23,7 +23,7 @@ def component_entry(component: Any) -> Any:
     if component is None:
         return (None, None)
     cls = type(getattr(component, "_orig_mod", component))  # a compiled module stands for what it wraps
-    library = cls.__module__.split(".")[0]
+    library = getattr(cls, "_library", None) or cls.__module__.split(".")[0]
     if library == "effusion":
         library = _MODULE_NAMES.get(cls.__name__, "diffusers")
     return (library, cls.__name__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def prepare_foreign(cls: Any, folder: Path, options: LoadOptions) -> Any:
     if raw.get("quantization_config"):
         return Fallback(cls, folder, options)
     model = _skeleton(cls, folder)
-    fitted = _fit(checkpoint, assign.expected_tensors(model))
+    fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES)
     if fitted is None or (options.dtype != torch.float32 and _computed_floats(model)):
         return Fallback(cls, folder, options)
     return ForeignPrepared.of_model(cls, model, fitted, options)
@@ -56,26 +58,6 @@ def _skeleton(cls: Any, folder: Path) -> Any:
         model = cls(config)
         model.tie_weights()
     return model
-
-
-def _fit(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> Checkpoint | None:
-    """``checkpoint`` under the names of ``wanted``, or ``None`` if only transformers knows how they correspond."""
-    for change in (str, *(_dropper(p) for p in _PREFIXES), *(_adder(p) for p in _PREFIXES)):
-        names = {n: change(n) for n in checkpoint}
-        known = {old: new for old, new in names.items() if new in wanted}
-        ids = {id(wanted[new]) for new in known.values()}
-        complete = all(id(t) in ids for t in wanted.values())
-        if complete and len(set(known.values())) == len(known):
-            return checkpoint.renamed({**{n: n for n in names if n not in known}, **known})
-    return None
-
-
-def _dropper(prefix: str) -> Any:
-    return lambda name: name.removeprefix(prefix)
-
-
-def _adder(prefix: str) -> Any:
-    return lambda name: prefix + name
 
 
 class ForeignPrepared(Prepared[Any]):
@@ -111,6 +93,28 @@ def _kept_in_float32(cls: Any, dtype: torch.dtype | None) -> tuple[str, ...]:
     if dtype in (torch.float16, torch.bfloat16):
         keep += getattr(cls, "_keep_in_fp32_modules_strict", None) or ()
     return tuple(keep)
+
+
+NATIVE = {
+    "CLIPTextModel": ("effusion.models.clip_text", "transformers.models.clip.modeling_clip"),
+    "CLIPTextModelWithProjection": ("effusion.models.clip_text", "transformers.models.clip.modeling_clip"),
+    "CLIPTokenizer": ("effusion.models.clip_tokenizer", "transformers.models.clip.tokenization_clip"),
+}
+
+
+def native_class(name: str, folder: Path) -> Any:
+    """Our own class for a component of transformers, or ``None``.
+
+    Importing that package takes seconds, more than making a small picture. So CLIP's text models and tokenizer
+    are ours, number for number, unless the program has imported theirs already (it may want to know
+    them by type) or ``EFFUSION_NATIVE_TEXT=0`` says otherwise (``1``: ours in any case).
+    """
+    ours, theirs = NATIVE.get(name, ("", ""))
+    wish = os.environ.get("EFFUSION_NATIVE_TEXT", "")
+    if not ours or wish == "0" or (theirs in sys.modules and wish != "1"):
+        return None
+    found = getattr(importlib.import_module(ours), name)
+    return found if not hasattr(found, "supports") or found.supports(folder) else None
 
 
 @dataclass

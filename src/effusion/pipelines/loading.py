@@ -20,7 +20,7 @@ from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
 from . import downloading
 from .components import component_names
-from .foreign import Fallback, prepare_foreign
+from .foreign import Fallback, native_class, prepare_foreign
 
 logger = log.get_logger(__name__)
 INDEX = "model_index.json"
@@ -203,7 +203,7 @@ def _gather(
     wanted = {n: entries[n] for n in names if n in entries and n not in kwargs and entries[n][1] is not None}
     _check_lacking(cls, names, set(entries) | set(kwargs), folder)
     variants = _variants(folder, wanted, options.base)
-    classes = {n: find_component_class(n, *entry) for n, entry in wanted.items()}
+    classes = {n: find_component_class(n, entry[0], entry[1], folder / n) for n, entry in wanted.items()}
     ready = {n: prepare(classes[n], folder, n, options.for_component(n, variants[n])) for n in wanted}
     components = {n: kwargs.get(n, ready.get(n)) for n in names}
     parameters = inspect.signature(cls.__init__).parameters
@@ -237,9 +237,12 @@ def _names_in(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def find_component_class(name: str, library: str, class_name: str) -> Any:
-    """The class of component ``name``; :class:`CheckpointError` names the component if there is none."""
+def find_component_class(name: str, library: str, class_name: str, folder: Path) -> Any:
+    """The class of component ``name`` in ``folder``; :class:`CheckpointError` names it if there is none."""
     try:
+        own = native_class(class_name, folder) if library == "transformers" else None
+        if own is not None:
+            return own
         return registry.find_class(library, downloading.CLASS_ALIASES.get(class_name, class_name))
     except CheckpointError as error:
         raise CheckpointError(f"component {name!r}: {error}") from error

@@ -184,3 +184,19 @@ def _renamed(name: str, table: Mapping[str, str], wanted: Mapping[str, Any]) -> 
             dotted = f".{candidate}."
     result = dotted.strip(".")
     return result if result in wanted else name
+
+
+def fit_prefix(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], prefixes: Sequence[str]) -> Checkpoint | None:
+    """``checkpoint`` with one of ``prefixes`` dropped from, or put before, its names, so that ``wanted`` is complete.
+
+    ``None`` if neither the names as they are nor any such change gives all of them. Names that mean
+    nothing to the network stay as they are.
+    """
+    drop = [(prefix, "") for prefix in prefixes]
+    for old_prefix, new_prefix in (("", ""), *drop, *((new, old) for old, new in drop)):
+        changed = {name: new_prefix + name.removeprefix(old_prefix) for name in checkpoint}
+        known = {old: new for old, new in changed.items() if new in wanted}
+        present = {id(wanted[new]) for new in known.values()}
+        if len(set(known.values())) == len(known) and all(id(t) in present for t in wanted.values()):
+            return checkpoint.renamed({**{n: n for n in checkpoint if n not in known}, **known})
+    return None

@@ -145,7 +145,9 @@ class Prepared(Generic[Model]):
     def over(cls, model: Any, checkpoint: Checkpoint, options: LoadOptions, model_class: Any = None) -> Prepared[Any]:
         """The same for a network that is there already, on ``meta``."""
         model_class = model_class or type(model)
-        legacy = getattr(model_class, "_legacy_keys", None)
+        legacy, prefixes = getattr(model_class, "_legacy_keys", None), getattr(model_class, "_key_prefixes", ())
+        if prefixes:
+            checkpoint = assign.fit_prefix(checkpoint, assign.expected_tensors(model), prefixes) or checkpoint
         if legacy:
             checkpoint = assign.rename(checkpoint, legacy, assign.expected_tensors(model))
         found = assign.match(model, checkpoint, getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ())
