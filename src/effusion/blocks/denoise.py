@@ -27,6 +27,7 @@ def denoise(
     blend: Any = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
     use_clipped_model_output: bool | None = None,
 ) -> Iterator[Step]:
     """Go from noise to latents: per step scale the input, predict each branch, guide, step, blend.
@@ -38,7 +39,7 @@ def denoise(
     options = step_options(scheduler, eta=eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
     state.guider = guider or ClassifierFree(guidance_scale, guidance_rescale)
     scale_input = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs)
+    predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs or attention_kwargs)
     assert state.latents is not None and state.conds is not None
     for index, t in enumerate(timesteps):
         predict = predictor.at(scale_input(state.latents, t), t)

@@ -168,8 +168,7 @@ def skip_mask_noise(
     result is unused, but a stochastic scheduler goes on with the generator's next numbers.
     """
     vae, f = components.get("vae"), family.latent_format(components)
-    samples = generator is not None and family.posterior == "sample" and hasattr(vae, "quant_conv")
-    samples = samples and image.shape[1] != f.channels
+    samples = generator is not None and hasattr(vae, "quant_conv") and image.shape[1] != f.channels
     if not samples or paints_by_channels(family, components):
         return
     size = (f.channels, height // f.downscale, width // f.downscale)

@@ -53,7 +53,7 @@ def retrieve_latents(encoded: Any, generator: torch.Generator | None = None, sam
     return encoded.latents if hasattr(encoded, "latents") else encoded[0]
 
 
-def encode_pixels(family: Any, vae: Any, pixels: Tensor, generator: Generators, mode: str | None = None) -> Tensor:
+def encode_pixels(family: Any, vae: Any, pixels: Tensor, generator: Generators, mode: str = "sample") -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w), in the dtype of ``pixels``.
 
     With a list of generators each picture is sampled with its own. Without a VAE (a family that
@@ -61,7 +61,7 @@ def encode_pixels(family: Any, vae: Any, pixels: Tensor, generator: Generators, 
     """
     if vae is None:
         return pixels
-    f, mode = family.format(vae), mode or family.posterior
+    f = family.format(vae)
     with upcast(vae, family.upcast_vae, (torch.float16, torch.bfloat16)):
         x = pixels.to(vae.dtype)
         x = x.unsqueeze(2) if f.frames else x

@@ -103,7 +103,7 @@ class ModelInput:
     residuals: Mapping[str, Any] = field(default_factory=dict)  # ControlNet, T2I-Adapter
     image_tokens: Any = None  # IP-Adapter
     guidance: Tensor | None = None  # (B,) or (B, D): guidance as an input of a distilled network
-    positions: Mapping[str, Tensor] = field(default_factory=dict)  # where tokens are; the same objects all run
+    positions: Mapping[str, Any] = field(default_factory=dict)  # where tokens are; the same objects all run
     skip_layers: tuple[int, ...] | None = None  # blocks to leave out: skip-layer guidance
     attention: Mapping[str, Any] | None = None  # `cross_attention_kwargs` / `joint_attention_kwargs`
 
@@ -133,7 +133,7 @@ class State:
     channels: Tensor | None = None  # extra input channels of the network (B, C', h, w)
     tokens: Tensor | None = None  # extra input tokens of the network (B, L', C)
     guidance: Tensor | None = None  # embedded guidance of a distilled network
-    positions: dict[str, Tensor] | None = None  # ids of tokens, for rotary embeddings
+    positions: dict[str, Any] | None = None  # ids or shapes of tokens, for rotary embeddings
     guider: Any = None  # combines the predictions of the branches
     denoised: Tensor | None = None  # the last step's estimate of the clean latents
     images: Any = None  # the result, in the form that was asked for

@@ -14,6 +14,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "stable-diffusion-xl": ("stable_diffusion_xl", "STABLE_DIFFUSION_XL"),
     "stable-diffusion-3": ("stable_diffusion_3", "STABLE_DIFFUSION_3"),
     "flux": ("flux", "FLUX"),
+    "qwen-image": ("qwen_image", "QWEN_IMAGE"),
     "pixart": ("pixart", "PIXART"),
     "dit": ("dit", "DIT"),
     "lcm": ("latent_consistency", "LATENT_CONSISTENCY"),

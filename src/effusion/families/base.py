@@ -36,7 +36,6 @@ class Family:
         schedule: block that sets the timesteps.
         defaults: task -> defaults of the call that differ from the blocks' own.
         format: the latent format of a VAE.
-        posterior: what of the VAE's posterior a picture's latents are, ``sample`` or ``argmax``.
         upcast_vae: whether a half-precision VAE that says ``force_upcast`` is run in float32.
         packing: side of the square of latents that makes one token; 1 for networks on latents themselves.
         one_by_one: whether guidance branches are evaluated in turn instead of as one batch.
@@ -56,7 +55,6 @@ class Family:
     schedule: engine.BlockFunction = field(default_factory=lambda: set_timesteps)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: Callable[[Any], LatentFormat] = latents.vae_format
-    posterior: str = "sample"
     upcast_vae: bool = False
     packing: int = 1
     one_by_one: bool = False

@@ -23,6 +23,12 @@ FACES: dict[str, dict[str, str]] = {
         "image2image": "StableDiffusion3Img2ImgPipeline",
         "inpaint": "StableDiffusion3InpaintPipeline",
     },
+    "qwenimage": {
+        "text2image": "QwenImagePipeline",
+        "image2image": "QwenImageImg2ImgPipeline",
+        "inpaint": "QwenImageInpaintPipeline",
+    },
+    "qwenimage-edit": {"image2image": "QwenImageEditPipeline"},
     "pixart-alpha": {"text2image": "PixArtAlphaPipeline"},
     "pixart-sigma": {"text2image": "PixArtSigmaPipeline"},
     "dit": {"text2image": "DiTPipeline"},

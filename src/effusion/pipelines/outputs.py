@@ -42,3 +42,10 @@ class StableDiffusion3PipelineOutput(BaseOutput):
     """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or latents."""
 
     images: Any
+
+
+@dataclass
+class QwenImagePipelineOutput(BaseOutput):
+    """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or packed latents."""
+
+    images: Any
