@@ -13,7 +13,7 @@ import transformers
 
 import effusion
 
-from . import tiny
+from . import tiny, tiny_transformers
 
 diffusers.logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
@@ -42,6 +42,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
         **tiny.stable_diffusion(f, schedule="LCMScheduler", time_cond_proj_dim=8)
     ),
     "ddpm": lambda f: diffusers.DDPMPipeline(tiny.unconditional_unet(), diffusers.DDPMScheduler()),
+    **tiny_transformers.MAKERS,
 }
 
 
@@ -68,7 +69,7 @@ def loaded(checkpoint: Checkpoints) -> Pipes:
     def load(library: Any, face: str, name: str) -> Any:
         cls, key = getattr(library, face), (library.__name__, face, name)
         if key not in kept:
-            kept[key] = cls.from_pretrained(checkpoint(name))
+            kept[key] = cls.from_pretrained(checkpoint(name), **tiny_transformers.ABSENT.get(name, {}))
         pipe = kept[key]
         own = {k: v for k, v in pipe.config.items() if not k.startswith("_") and k not in pipe.components}
         made = cls(**pipe.components, **own)

@@ -63,7 +63,7 @@ def check(
         family, components, prompt, prompt_embeds, negative, negative_prompt_embeds, height, width, strength,
         guidance_scale, num_images_per_prompt, output_type,
     )  # fmt: skip
-    native = setting(components[family.denoiser], "sample_size", 64) * family.latent_format(components).downscale
+    native = setting(components[family.denoiser], "sample_size", 64) * 8
     if use_resolution_binning and native in (256, 512, 1024, 2048):
         final = (found["height"], found["width"])
         found["height"], found["width"] = nearest_bin(*final, native)
