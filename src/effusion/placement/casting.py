@@ -53,7 +53,16 @@ def apply_layerwise_casting(
         layers = [m for m in module.modules() if own_slots(m, "")]
     else:
         layers = list(_layers(module, "", patterns, skip_modules_classes or ()))
+    spokesman = _says_dtype(module)
+    layers = [layer for layer in layers if not any(t is spokesman for t in layer._parameters.values())]
     cast(module, layers, storage_dtype, compute_dtype)
+
+
+def _says_dtype(module: nn.Module) -> Tensor | None:
+    """The weight that a foreign network takes its ``dtype`` from: it has to say what is computed with."""
+    if not isinstance(getattr(type(module), "dtype", None), property) or hasattr(module, "enable_layerwise_casting"):
+        return None
+    return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _patterns(pattern: Pattern) -> list[re.Pattern[str]]:

@@ -298,7 +298,7 @@ class Engine:
 
     def _travelling(self, unit: Unit) -> tuple[list[list[Slot]], list[Tensor]]:
         """The distinct tensors that have to be fetched, each with the slots that it (tied weights) fills."""
-        found: dict[Any, tuple[list[Slot], Tensor]] = {}
+        found: dict[int, tuple[list[Slot], Tensor]] = {}
         for slot in unit.slots:
             rest = slot.store.get(slot.name)
             if rest is None:
@@ -310,8 +310,7 @@ class Engine:
                 )
             if rest.device == unit.device and not self.always_travel and unit.row.home != "disk":
                 continue  # moved there by hand: it is where it has to be
-            key = (rest.device, rest.data_ptr(), rest.shape, rest.stride(), rest.dtype) if rest.numel() else id(rest)
-            found.setdefault(key, ([], rest))[0].append(slot)
+            found.setdefault(id(rest), ([], rest))[0].append(slot)
         return [slots for slots, _ in found.values()], [rest for _, rest in found.values()]
 
     def _spans(self, unit: Unit, rests: list[Tensor]) -> list[Span | None]:
@@ -335,11 +334,11 @@ class Engine:
     def _fetch(self, unit: Unit, rests: list[Tensor], must: bool = True) -> Cargo | None:
         lane = lane_to(unit.device)
         own = unit.row.keep or unit.outer or torch.is_grad_enabled()
-        if not own:
-            lane.reserve(self._capacity.get(unit.device, 0))
         spans = self._spans(unit, rests)
         try:
-            cargo = lane.start(rests, spans, own, must=False)
+            if not own:
+                lane.reserve(self._capacity.get(unit.device, 0))
+            cargo = lane.start(rests, spans, own, must=False, ahead=not must)
             if cargo is None and must:
                 self._recall(lane)
                 cargo = lane.start(rests, spans, own)
@@ -392,7 +391,7 @@ class Engine:
             for slot, rest, lent in unit.put:
                 now = slot.store.get(slot.name)
                 if now is lent:
-                    if not lent.requires_grad and lent._version:
+                    if lent.is_leaf and (lent._version or _writes_unseen(slot)):
                         rest.copy_(lent)
                     slot.store[slot.name] = rest
         unit.put = []
@@ -441,8 +440,11 @@ class Engine:
             at = following
             if following.lent or following.coming is not None or following.outer or following.row.keep:
                 continue
-            if not self._must_travel(following) or following.device != unit.device:
+            if following.device != unit.device or not self._must_travel(following):
                 continue
+            arena = lane_to(unit.device).arena
+            if arena is None or arena.free < following.row.nbytes:
+                return
             _, rests = self._travelling(following)
             if rests:
                 following.coming = self._fetch(following, rests, must=False)
@@ -598,10 +600,15 @@ def _lent(tensor: Tensor, rest: Tensor) -> Tensor:
         return fresh
     if rest.requires_grad and torch.is_grad_enabled():
         return _Straight.apply(rest, fresh)  # type: ignore[no-any-return]
-    lent = nn.Parameter(fresh, requires_grad=False)
+    lent = nn.Parameter(fresh, requires_grad=rest.requires_grad)  # as it rests, or compiled code compiles again
     if rest.__dict__:
         lent.__dict__.update(rest.__dict__)
     return lent
+
+
+def _writes_unseen(slot: Slot) -> bool:
+    """Batch norm changes its statistics in a kernel that counts no versions."""
+    return slot.is_buffer and slot.module.training and isinstance(slot.module, nn.modules.batchnorm._NormBase)
 
 
 def _copied(value: Any, which: Callable[[Tensor], bool]) -> Any:

@@ -21,6 +21,7 @@ from .arena import Arena, Room, allocate, host_pages, layout
 from .sources import Span, flat_bytes, is_dense
 
 CHUNK = 16 << 20  # bytes per read, and per copy through pinned memory
+SMALL = 1 << 20  # bytes that are fetched sooner than handed to a thread
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,20 @@ class Lane:
     # -- the way -----------------------------------------------------------------------------------
 
     def start(
-        self, rests: list[Tensor], spans: list[Span | None], own_memory: bool = False, must: bool = True
+        self,
+        rests: list[Tensor],
+        spans: list[Span | None],
+        own_memory: bool = False,
+        must: bool = True,
+        ahead: bool = False,
     ) -> Cargo | None:
-        """Begin to fetch ``rests``; ``None`` if there is no room for it in the ring and it need not be."""
+        """Begin to fetch ``rests``; ``None`` if there is no room for it in the ring and it need not be.
+
+        Args:
+            own_memory: beside the ring.
+            must: beside the ring if there is no room in it.
+            ahead: nobody waits for it yet.
+        """
         on_cpu = self.device.type == "cpu"
         order = sorted(range(len(rests)), key=lambda i: _place(spans[i], rests[i]))
         offsets, nbytes = layout([rests[i] for i in order], on_cpu)
@@ -126,13 +138,22 @@ class Lane:
                     strays.append((tensors[index], rest.detach()))
         cargo = Cargo(rests, [version(r) for r in rests], tensors, room, nbytes)
         self.transferred += nbytes
-        self._dispatch(cargo, buffer, merge(pieces), strays)
+        at_once = nbytes < SMALL or not ahead or all(self._is_pinned(piece) for piece in pieces)
+        try:
+            self._dispatch(cargo, buffer, merge(pieces), strays, at_once)
+        except BaseException:
+            self.leave(cargo)
+            raise
         return cargo
 
-    def _dispatch(self, cargo: Cargo, buffer: Tensor, pieces: list[Piece], strays: list[Any]) -> None:
+    def _is_pinned(self, piece: Piece) -> bool:
+        return self.device.type != "cpu" and isinstance(piece.source, Tensor) and piece.source.is_pinned()
+
+    def _dispatch(
+        self, cargo: Cargo, buffer: Tensor, pieces: list[Piece], strays: list[Any], at_once: bool
+    ) -> None:
+        """Fetch on the thread, or here where handing over would take longer than fetching, or nothing else waits."""
         before = list(cargo.room.events) if cargo.room is not None else []
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="effusion-fetch")
         begun = self.streams.mark()  # memory of its own is ours once what was queued before is done
 
         def work() -> None:
@@ -142,6 +163,11 @@ class Lane:
                         piece.source.file.check()
                 cargo.ready = self.streams.copy(buffer, pieces, strays, [*before, begun], self._fill)
 
+        if at_once:
+            work()
+            return
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="effusion-fetch")
         cargo.fetched = self._worker.submit(work)
 
     def _fill(self, target: memoryview, pieces: list[Piece], start: int, stop: int) -> None:

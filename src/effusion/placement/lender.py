@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .compiling import set_eval_frame, skip_code
+
 if TYPE_CHECKING:
     from .engine import Engine, Transform, Unit
 
@@ -33,8 +35,8 @@ class Lender:
         self.exclude: frozenset[str] = frozenset()  # keyword arguments that stay where they are
         self.give_back = False  # move the output to where the first input was
 
-    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compiling = set_eval_frame(None)  # what is ours is not compiled; what is called may be
         origin = None
         if self.device is not None:
             origin = first_device(args, kwargs) if self.give_back else None
@@ -50,7 +52,11 @@ class Lender:
             for transform in self.transforms:
                 transform.enter()
                 changed.append(transform)
-            out = self.run(*args, **kwargs)
+            set_eval_frame(compiling)
+            try:
+                out = self.run(*args, **kwargs)
+            finally:
+                set_eval_frame(None)
             if entered:
                 out = self.engine.own_output(out)
             failed = False
@@ -59,7 +65,12 @@ class Lender:
                 transform.exit()
             for unit in reversed(entered):
                 self.engine.exit(unit, self.module, failed)
+            set_eval_frame(compiling)
         return out if origin is None else move(out, origin)
+
+    # whoever compiles a whole model around us: go round this function, and don't compile its own frame
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+    skip_code(__call__.__code__)
 
 
 class CompileLater:
@@ -77,7 +88,7 @@ class CompileLater:
         self.engine.compile(self.module, *args, **kwargs)
 
     def __reduce__(self) -> Any:  # copies and pickles of the module are served by nobody
-        return types.MethodType, (nn.Module.compile, self.module)
+        return _method, ("compile", self.module)
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
@@ -136,7 +147,11 @@ class Entry:
         return through(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (self.method.__func__, self.method.__self__)
+        return _method, (self.method.__name__, self.method.__self__)
+
+
+def _method(name: str, module: nn.Module) -> types.MethodType:
+    return types.MethodType(getattr(type(module), name), module)
 
 
 # -- inputs and outputs --------------------------------------------------------------------------------------

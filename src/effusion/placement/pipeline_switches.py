@@ -135,7 +135,7 @@ class PipelineSwitches:
         found: dict[str, Any] | None = self.__dict__.get("_device_map")
         return dict(found) if found is not None else None
 
-    def apply_device_map(
+    def _apply_device_map(
         self,
         placement: str | Mapping[str, Any],
         max_memory: Mapping[Any, int | str] | None = None,

@@ -138,16 +138,31 @@ def changed_in_memory(tensor: Tensor) -> bool:
 
     Bit 61 of a page's entry says that it still is the file's; a written page is this process's own.
     """
-    first = tensor.data_ptr() // _PAGE
-    count = (tensor.data_ptr() + max(tensor.numel() * tensor.element_size(), 1) - 1) // _PAGE - first + 1
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), 8 * count, 8 * first)
-    except OSError:
-        return False
-    entries = torch.frombuffer(bytearray(raw), dtype=torch.int64) if raw else torch.empty(0, dtype=torch.int64)
+    start = tensor.data_ptr()
+    first = start // _PAGE
+    count = (start + max(tensor.nbytes, 1) - 1) // _PAGE - first + 1
+    raw = _page_entries(8 * first, 8 * count)
+    if count <= 64:
+        return any(e >> 62 and not e >> 61 & 1 for e in memoryview(raw).cast("Q"))
+    entries = torch.frombuffer(bytearray(raw), dtype=torch.int64)
     touched = (entries >> 62) != 0  # present, or swapped out
     return bool((touched & ((entries & (1 << 61)) == 0)).any())
+
+
+_pagemap: list[int] = []  # descriptor of this process's page map; empty: not opened yet, [-1]: there is none
+
+
+def _page_entries(offset: int, nbytes: int) -> bytes:
+    if not _pagemap:
+        try:
+            _pagemap.append(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+        except (OSError, AttributeError):
+            _pagemap.append(-1)
+    return os.pread(_pagemap[0], nbytes, offset) if _pagemap[0] >= 0 else b""
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pagemap.clear)  # a child has pages of its own
 
 
 def is_dense(tensor: Tensor) -> bool:
