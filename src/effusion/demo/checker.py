@@ -173,7 +173,8 @@ def _thing(pixels: Array, region: npt.NDArray[np.bool_], ground: Array) -> Thing
 def _painted(outline: Array, xs: Array, ys: Array) -> Array:
     """Share of each pixel inside ``outline``, from 3x3 points."""
     steps = (-1 / 3, 0.0, 1 / 3)
-    return np.mean([_inside(outline, xs + dx, ys + dy) for dx in steps for dy in steps], axis=0)
+    hits = [_inside(outline, xs + dx, ys + dy) for dx in steps for dy in steps]
+    return np.asarray(np.mean(hits, axis=0), dtype=np.float64)
 
 
 def read(picture: Any) -> Reading:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..core.optional import require
 from .data import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
 
@@ -134,7 +136,12 @@ def build_vae(**changes: Any) -> Any:
     """A new ``AutoencoderKL`` of the demo's size, with ``changes``."""
     from ..models.autoencoder_kl import AutoencoderKL
 
-    return AutoencoderKL(**{**VAE, **changes})
+    vae = AutoencoderKL(**{**VAE, **changes})
+    assert vae.quant_conv is not None
+    assert vae.quant_conv.bias is not None
+    with torch.no_grad():  # begin with hardly any noise on the latents: it would drown what there is to learn
+        vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
+    return vae
 
 
 def build_unet(**changes: Any) -> Any:

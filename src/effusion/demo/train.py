@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import CheckpointError
+from ..core.optional import require
 from ..training.recipe import Settings, Trainer
 from . import data, model
 from .objectives import CaptionLoss, PictureLoss, quick_attention
@@ -29,7 +31,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps of the whole run")
     parser.add_argument("--cooldown", type=int, default=0, help="last steps, over which the learning rate falls")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step and process")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW: embeddings, norms, biases")
+    parser.add_argument("--matrix-lr", type=float, default=0.02, help="of Muon: everything else; 0: AdamW for all")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after that long; 0: no limit")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
@@ -47,6 +50,7 @@ def settings(args: argparse.Namespace) -> Settings:
     return Settings(
         steps=args.steps,
         lr=args.lr,
+        matrix_lr=args.matrix_lr,
         cooldown=args.cooldown,
         ema_decay=args.ema,
         mixed_precision=args.precision,
@@ -81,23 +85,27 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    """Stage ``latents``: fold the statistics of the latents into the autoencoder, then encode the training set."""
+    """Stage ``latents``: fold the statistics of the latents into the autoencoder, then encode the training set.
+
+    Several processes share the work; each writes its part.
+    """
+    state = require("accelerate", "training").Accelerator()
     vae = model.build_vae()
     vae.load_state_dict(torch.load(args.out / "vae.pt", weights_only=True))
     vae.eval().requires_grad_(False)
-    sample = torch.cat([_latents(vae, _scenes(256, args.seed, i), args.seed, i) for i in range(8)])
-    standardise(vae, sample)
-    save_state(vae.state_dict(), args.out / "vae-standard.pt")
+    standardise(vae, torch.cat([_latents(vae, _scenes(256, args.seed, i), args.seed, i) for i in range(8)]))
+    if state.is_main_process:
+        save_state(vae.state_dict(), args.out / "vae-standard.pt")
     size = 1000
     scenes, latents = [], []
-    for i in range(args.pictures // size):
+    for i in range(state.process_index, args.pictures // size, state.num_processes):
         scenes.append(_scenes(size, args.seed, 1000 + i))
         latents.append(_latents(vae, scenes[-1], args.seed, 1000 + i, bf16=True).half())
-        if i % 20 == 0:
-            print(f"{(i + 1) * size} pictures encoded", flush=True)
+        if len(scenes) % 10 == 0:
+            state.print(f"{i * size} pictures encoded", flush=True)
     all_scenes = data.Scenes.cat(scenes)
     fields = {name: getattr(all_scenes, name).to(torch.int8) for name in data.Scenes.__dataclass_fields__}
-    save_state({"latents": torch.cat(latents), **fields}, args.out / "latents.pt")
+    save_state({"latents": torch.cat(latents), **fields}, args.out / f"latents-{state.process_index}.pt")
 
 
 def _scenes(n: int, seed: int, step: int) -> data.Scenes:
@@ -129,11 +137,19 @@ def standardise(vae: Any, latents: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def load_latents(path: Path) -> tuple[Tensor, data.Scenes]:
-    """What the stage ``latents`` wrote, mapped into memory."""
-    state = torch.load(path, weights_only=True, mmap=True)
-    scenes = {name: state[name].long() for name in data.Scenes.__dataclass_fields__}
-    return state["latents"], data.Scenes(**scenes)
+def load_latents(run: Path) -> tuple[Tensor, data.Scenes]:
+    """What the stage ``latents`` wrote in all its processes.
+
+    Raises:
+        CheckpointError: that stage has not been run.
+    """
+    files = sorted(run.glob("latents-*.pt"))
+    if not files:
+        raise CheckpointError(f"{run} holds no latents; run `--stage latents` first")
+    parts = [torch.load(file, weights_only=True) for file in files]
+    names = data.Scenes.__dataclass_fields__
+    scenes = [data.Scenes(**{name: part[name].long() for name in names}) for part in parts]
+    return torch.cat([part["latents"] for part in parts]), data.Scenes.cat(scenes)
 
 
 def train_diffusion(args: argparse.Namespace) -> None:
@@ -146,7 +162,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
     vae = model.build_vae()
     vae.load_state_dict(torch.load(args.out / "vae-standard.pt", weights_only=True))
     vae.eval().requires_grad_(False)
-    latents, scenes = load_latents(args.out / "latents.pt")
+    latents, scenes = load_latents(args.out)
     objective = CaptionLoss(
         unet, text_encoder, tokenizer, scheduler, latents, scenes, args.batch, weighting=args.weighting
     )
@@ -185,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one stage."""
     args = arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # tiny numbers in averages and momenta are slow on CPUs, and mean nothing
     if args.stage == "export":
         from .export import export
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..core.errors import CheckpointError
 from ..core.optional import require
 from .ema import EMAModel
+from .muon import Muon, matrices
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Settings:
 
     Attributes:
         steps: optimiser steps of the whole run.
-        lr, warmup, cooldown: the learning rate rises for ``warmup`` steps, stays at ``lr``, and falls to zero along
-            a half cosine over the last ``cooldown`` steps; so a run can be prolonged as long as it has not cooled down.
+        lr, matrix_lr: learning rates of AdamW, and of Muon for the weights of linear and convolution layers; with
+            ``matrix_lr`` 0, AdamW has them all.
+        warmup, cooldown: the learning rates rise for ``warmup`` steps, stay, and fall to zero along a half cosine
+            over the last ``cooldown`` steps; so a run can be prolonged as long as it has not cooled down.
         accumulate: batches for one optimiser step.
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: of the average of all trained weights.
@@ -39,6 +42,7 @@ class Settings:
 
     steps: int
     lr: float = 1e-3
+    matrix_lr: float = 0.0
     warmup: int = 100
     cooldown: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -52,12 +56,12 @@ class Settings:
     save_every: int = 500
     max_minutes: float = 0.0
 
-    def rate(self, step: int) -> float:
-        """The learning rate of ``step`` (0-based)."""
+    def scale(self, step: int) -> float:
+        """What the learning rates are multiplied with at ``step`` (0-based)."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))
         left = self.steps - step
         fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / self.cooldown)) if self.cooldown else 1.0
-        return self.lr * rise * fall
+        return rise * fall
 
 
 class Trainer:
@@ -88,12 +92,25 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
-        )
-        self.prepared, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.prepared, *self.optimizers = self.accelerator.prepare(objective, *self._new_optimizers())
         self.ema = EMAModel(self.parameters, decay=settings.ema_decay, foreach=True)
         self.step = 0
+
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW for everything, or Muon for the matrices and AdamW for the rest; each group knows its full rate."""
+        s = self.settings
+        big = matrices(self.objective) if s.matrix_lr else []
+        taken = {id(p) for p in big}
+        rest = [p for p in self.parameters if id(p) not in taken]
+        out: list[torch.optim.Optimizer] = []
+        if rest:
+            out.append(torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, foreach=True))
+        if big:
+            out.append(Muon(big, lr=s.matrix_lr, weight_decay=s.weight_decay))
+        for optimizer in out:
+            for group in optimizer.param_groups:
+                group["full_lr"] = group["lr"]
+        return out
 
     @property
     def checkpoint(self) -> Path:
@@ -116,7 +133,7 @@ class Trainer:
                 seconds = time.monotonic() - started
                 over = self._any(0 < self.settings.max_minutes * 60 <= seconds)
                 speed = (self.step - first) / seconds
-                self.log({**values, "lr": self.settings.rate(self.step - 1), "steps_per_s": speed})
+                self.log({**values, "lr_scale": self.settings.scale(self.step - 1), "steps_per_s": speed})
             if self.step % self.settings.save_every == 0 or last or over:
                 self.save()
 
@@ -126,15 +143,17 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _one_step(self) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * self.settings.scale(self.step)
+            optimizer.zero_grad()
         generator = self.generator()
-        self.optimizer.zero_grad()
         for _ in range(self.settings.accumulate):
             values = self.prepared(generator)
             self.accelerator.backward(values["loss"] / self.settings.accumulate)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.ema.step(self.parameters)
         self.step += 1
         return {name: float(value.detach()) for name, value in {**values, "norm": norm}.items()}
@@ -155,7 +174,7 @@ class Trainer:
             return
         state = {
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": self.ema.state_dict(),
             "step": self.step,
             "seed": self.settings.seed,
@@ -182,7 +201,8 @@ class Trainer:
             self.objective.load_state_dict(state["objective"])
         except RuntimeError as error:
             raise CheckpointError(f"{self.checkpoint} is of other networks: {error}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
         torch.set_rng_state(state["rng"])
