@@ -184,7 +184,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             sigma, sigma_next = self._list("sigmas")[i : i + 2]
             if self.config["stochastic_sampling"]:
                 x0 = torch.add(sample, model_output, alpha=-sigma)
-                noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+                noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
                 prev_sample = combine((1.0 - sigma_next, x0), (sigma_next, noise))
             else:
                 prev_sample = torch.add(sample, model_output, alpha=sigma_next - sigma)
@@ -199,7 +199,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         below = torch.where(levels < now - 1e-6, levels, torch.zeros_like(levels)).amax(dim=0)  # (B, L)
         now, below = now[..., None], below[..., None]
         if self.config["stochastic_sampling"]:
-            noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+            noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
             return torch.add((1.0 - below) * (sample - now * model_output), below * noise)
         return torch.add(sample, (now - below) * model_output)
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.config import register_to_config
 from ..core.random import Generators, randn_tensor
-from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, one_of
+from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, like, one_of
 from .exponential import LambdaScheduler, Level
 from .noise import Array
 
@@ -112,6 +113,13 @@ class SASolverScheduler(LambdaScheduler):
 
     def _convert(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
         return self._data_or_noise(self.predict_x0, model_output, sample, level)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε``; samples ``(B, …)``, timesteps ``(B,)`` of this run or of training."""
+        if self.config.use_flow_sigmas:
+            return super().add_noise(original_samples, noise, timesteps)
+        bar = like(self._near("alphas_cumprod", original_samples)[timesteps.to(original_samples.device)], noise)
+        return torch.add(bar**0.5 * original_samples, (1 - bar) ** 0.5 * noise)
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
