@@ -51,11 +51,13 @@ def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, load, paint, write."""
     _check(args)
     targets = _targets(args.out, len(args.prompt) * args.num_images)
-    scheduler = _scheduler_class(args.scheduler) if args.scheduler else None
+    _check_scheduler(args.scheduler)
     pictures = _pictures(args)
     pipe = _load(args)
-    if scheduler is not None:
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    if args.scheduler:
+        from ..schedulers import by_name
+
+        pipe.scheduler = by_name(args.scheduler, pipe.scheduler.config)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
     for i, prompt in enumerate(args.prompt):
         first = seed + i * args.num_images
@@ -86,11 +88,12 @@ def _targets(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(count)]
 
 
-def _scheduler_class(name: str) -> Any:
+def _check_scheduler(name: str | None) -> None:
     from ..schedulers import by_name
 
     try:
-        return by_name(name)
+        if name:
+            by_name(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 
 class UsageError(Exception):
     """Arguments that parse but can't be meant: exit status 2, like those that don't parse."""
-
-
-def nearest(name: str, known: Collection[str], what: str) -> str:
-    """An error text for an unknown ``name``, with the names that it may have meant."""
-    by_lower = {k.lower(): k for k in known}
-    close = [by_lower[k] for k in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known))}"
-    return f"unknown {what} {name!r}; {hint}"
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
