@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import log
+from . import pixels
 from .dispatch import attend
 
 logger = log.get_logger(__name__)
@@ -166,7 +167,7 @@ class Attention(nn.Module):
         residual = x
         if self.group_norm is not None and x.ndim == 4:
             x = self.group_norm(x)
-        tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, L, C)
+        tokens = pixels.tokens(x).contiguous() if x.ndim == 4 else x  # (B, L, C)
         if self.group_norm is not None and x.ndim == 3:
             tokens = self.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         q, k, v = (t.unflatten(-1, (-1, self.inner_dim // self.heads)) for t in self.project(tokens, context))
@@ -178,9 +179,9 @@ class Attention(nn.Module):
         out = scores(self, q, k, v, mask).flatten(2).to(q.dtype)
         out = self.to_out[1](self.to_out[0](out))
         if x.ndim == 4:
-            out = out.transpose(1, 2).unflatten(2, x.shape[2:])
+            out = pixels.feature_map(out, x.shape[2:])
         if self.residual_connection:
-            out = out + residual
+            out = residual + out  # in this order the sum has the layout of the input
         return out if self.rescale_output_factor == 1.0 else out / self.rescale_output_factor
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,7 +345,7 @@ class AttnAddedKVProcessor2_0(AttnProcessor2_0):
         temb: Tensor | None = None,
     ) -> Tensor:
         out = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        return out if attn.residual_connection else out + hidden_states
+        return out if attn.residual_connection else hidden_states + out
 
 
 class AttnAddedKVProcessor(AttnAddedKVProcessor2_0, AttnProcessor):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fresh
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
     "silu": nn.SiLU,
@@ -73,7 +75,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)  # type: ignore[no-any-return]
+        return fresh.mul(F.gelu(gate), value)
 
 
 class SwiGLU(nn.Module):
@@ -85,7 +87,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.silu(gate)  # type: ignore[no-any-return]
+        return fresh.mul(F.silu(gate), value)
 
 
 _FIRST: dict[str, Callable[[int, int, bool], nn.Module]] = {

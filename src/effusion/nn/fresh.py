@@ -18,6 +18,11 @@ def add(fresh: Tensor, x: Tensor) -> Tensor:
     return fresh + x if torch.is_grad_enabled() or fresh.dtype != x.dtype else fresh.add_(x)
 
 
+def mul(fresh: Tensor, x: Tensor) -> Tensor:
+    """``fresh * x``."""
+    return fresh * x if torch.is_grad_enabled() or fresh.dtype != x.dtype else fresh.mul_(x)
+
+
 def silu(fresh: Tensor) -> Tensor:
     """``SiLU(fresh)``."""
     return F.silu(fresh, inplace=not torch.is_grad_enabled())

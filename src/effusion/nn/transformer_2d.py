@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checkpointing
+from . import checkpointing, fresh
 from .attention import Attention
 from .feed_forward import FeedForward, chunked
+from .pixels import ConvToFeatureMap, ConvToTokens, feature_map, tokens
 
 
 class BasicTransformerBlock(nn.Module):
@@ -73,7 +74,8 @@ class BasicTransformerBlock(nn.Module):
             second = None if self.double_self_attention else encoder_hidden_states
             x = x + self.attn2(self.norm2(x), second, encoder_attention_mask, **more)
         h = self.norm3(x)
-        return x + (self.ff(h) if self.chunk_size is None else chunked(self.ff, h, self.chunk_size, self.chunk_dim))
+        h = self.ff(h) if self.chunk_size is None else chunked(self.ff, h, self.chunk_size, self.chunk_dim)
+        return fresh.add(h, x)
 
 
 class Transformer2DModel(nn.Module):
@@ -98,7 +100,7 @@ class Transformer2DModel(nn.Module):
         self.use_linear_projection = use_linear_projection
         self.gradient_checkpointing = False
         self.norm = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-6)
-        self.proj_in = nn.Linear(in_channels, inner) if use_linear_projection else nn.Conv2d(in_channels, inner, 1)
+        self.proj_in = nn.Linear(in_channels, inner) if use_linear_projection else ConvToTokens(in_channels, inner)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
                 inner,
@@ -112,7 +114,7 @@ class Transformer2DModel(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(inner, in_channels) if use_linear_projection else nn.Conv2d(inner, in_channels, 1)
+        self.proj_out = nn.Linear(inner, in_channels) if use_linear_projection else ConvToFeatureMap(inner, in_channels)
 
     def forward(
         self,
@@ -125,25 +127,17 @@ class Transformer2DModel(nn.Module):
         """``(B, C, H, W), context (B, S, D) -> (B, C, H, W)``."""
         size = hidden_states.shape[2:]
         x = self.norm(hidden_states)
-        x = _tokens(x) if self.use_linear_projection else x
-        x = self.proj_in(x)
-        x = x if self.use_linear_projection else _tokens(x)  # (B, H * W, D)
+        if self.use_linear_projection:
+            x = self.proj_in(tokens(x).contiguous())
+        else:
+            x = tokens(self.proj_in(x)).contiguous()  # (B, H * W, D)
         for block in self.transformer_blocks:
             x = checkpointing.run(
                 self, block, x, attention_mask, encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs
             )
-        x = x if self.use_linear_projection else _pixels(x, size)
-        x = self.proj_out(x)
-        x = _pixels(x, size) if self.use_linear_projection else x
-        return x + hidden_states
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
-
-
-def _pixels(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    return x.transpose(1, 2).unflatten(2, size)
+        if self.use_linear_projection:
+            return hidden_states + feature_map(self.proj_out(x), size)
+        return fresh.add(self.proj_out(feature_map(x, size)), hidden_states)
 
 
 class DualTransformer2DModel(nn.Module):
