@@ -10,5 +10,6 @@ __version__ = "0.1.0"
 aliases.install()
 
 __getattr__, __dir__, __all__ = lazy.attach(
-    __name__, {**registry.public_names(), **{name: f"{__name__}.{name}" for name in registry.SUBMODULES}}
+    __name__,
+    {**registry.public_names(), **registry.BORROWED, **{name: f"{__name__}.{name}" for name in registry.SUBMODULES}},
 )

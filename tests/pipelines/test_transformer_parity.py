@@ -25,6 +25,11 @@ PAINT = {**IMAGE, "mask_image": mask}
 NEGATIVE = {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
 TWO = {"num_images_per_prompt": 2}
 KONTEXT = {**T5, "max_area": 32 * 32, "_auto_resize": False}
+CONTROL = {
+    "control_image": lambda: picture(seed=9),
+    "controlnet_conditioning_scale": 0.7,
+    "num_inference_steps": 4,
+}
 QWEN = {
     **SMALL,
     "prompt": None,
@@ -52,6 +57,20 @@ CASES = [
     Case("flux-control-paint", "FluxControlInpaintPipeline", "flux-control", {**T5, **PAINT, "control_image": picture}),
     Case("flux-kontext", "FluxKontextPipeline", "flux-kontext", {**KONTEXT, "image": picture}),
     Case("flux-kontext-text", "FluxKontextPipeline", "flux-kontext", {**KONTEXT, "max_area": 48 * 32}),
+    Case("flux-controlnet", "FluxControlNetPipeline", "flux-controlnet", {**T5, **CONTROL}),
+    Case(
+        "flux-controlnet-part", "FluxControlNetPipeline", "flux-controlnet",
+        {**T5, **CONTROL, **NEGATIVE, **TWO, "control_guidance_start": 0.2, "control_guidance_end": 0.7},
+    ),
+    Case("flux-union", "FluxControlNetPipeline", "flux-union", {**T5, **CONTROL, "control_mode": 2}),
+    Case(
+        "flux-controlnet-i2i", "FluxControlNetImg2ImgPipeline", "flux-controlnet",
+        {**T5, **IMAGE, **CONTROL, "num_inference_steps": 5},
+    ),
+    Case(
+        "flux-controlnet-paint", "FluxControlNetInpaintPipeline", "flux-controlnet",
+        {**T5, **PAINT, **CONTROL, "num_inference_steps": 5},
+    ),
     Case("sd3", "StableDiffusion3Pipeline", "sd3", SMALL),
     Case(
         "sd3-three", "StableDiffusion3Pipeline", "sd3",
@@ -91,6 +110,30 @@ def test_silent_face_equals_the_peers(case: Case, ours: Pipes, theirs: Pipes) ->
     assert len(a) == len(b) > 0
     assert max(relative(p, q) for p, q in zip(a, b, strict=True)) <= RELATIVE
     assert relative(x, y) <= RELATIVE
+
+
+def test_several_control_networks_equal_the_peers(ours: Pipes, theirs: Pipes) -> None:
+    """The same network twice; a list of networks is several of them."""
+    call = {
+        **T5, "control_image": [picture(seed=9), picture(seed=8)], "control_mode": [0, 2],
+        "controlnet_conditioning_scale": [0.4, 0.6],
+    }  # fmt: skip
+    found = []
+    for library, pipes in ((effusion, ours), (diffusers, theirs)):
+        single = pipes("FluxControlNetPipeline", "flux-union")
+        net = single.components["controlnet"]
+        pipe = library.FluxControlNetPipeline(**{**single.components, "controlnet": [net, net]})
+        pipe.set_progress_bar_config(disable=True)
+        found.append(pipe)
+    compare(*found, Case("", "", "", call))
+
+
+def test_redux_equals_the_peers(ours: Pipes, theirs: Pipes) -> None:
+    call = {"image": [picture(), picture(seed=5)], "prompt_embeds_scale": [0.5, 1.0]}
+    a, b = (pipes("FluxPriorReduxPipeline", "flux-redux")(**call) for pipes in (ours, theirs))
+    assert a.prompt_embeds.shape == b.prompt_embeds.shape
+    assert relative(a.prompt_embeds, b.prompt_embeds) <= RELATIVE
+    assert relative(a.pooled_prompt_embeds + 1, b.pooled_prompt_embeds + 1) <= RELATIVE
 
 
 @pytest.mark.parametrize("scale", [4.0, 1.0])
@@ -148,9 +191,7 @@ def test_pixart_bins_are_the_peers() -> None:
         ("QwenImagePipeline", "qwen", QWEN),
     ],
 )
-def test_what_we_save_the_peer_loads(
-    face: str, name: str, call: dict[str, Any], ours: Pipes, tmp_path: Path
-) -> None:
+def test_what_we_save_the_peer_loads(face: str, name: str, call: dict[str, Any], ours: Pipes, tmp_path: Path) -> None:
     ours(face, name).save_pretrained(tmp_path)
     reloaded = getattr(diffusers, face).from_pretrained(tmp_path, **tiny_transformers.ABSENT.get(name, {}))
     reloaded.set_progress_bar_config(disable=True)
@@ -185,7 +226,16 @@ def test_sizes_are_rounded_with_a_warning_or_refused(ours: Pipes, caplog: pytest
 def test_every_face_of_these_families_is_tried_here() -> None:
     from effusion.pipelines.faces import FACES
 
-    families = ("flux", "flux-fill", "flux-control", "flux-kontext", "stable-diffusion-3", "qwenimage", "pixart-alpha")
+    families = (
+        "flux",
+        "flux-controlnet",
+        "flux-fill",
+        "flux-control",
+        "flux-kontext",
+        "stable-diffusion-3",
+        "qwenimage",
+        "pixart-alpha",
+    )
     listed = {name for family in families for name in FACES[family].values()}
     tried = {case.face for case in [*CASES, *SILENT]} | {"StableDiffusion3InpaintPipeline"}
     assert listed <= tried

@@ -56,6 +56,44 @@ def flux(folder: Path, in_channels: int = 4, guidance: bool = False, **schedule:
     }
 
 
+def flux_controlnet(folder: Path, union: bool = False, several: bool = False) -> dict[str, Any]:
+    """Components of a tiny FLUX.1 with one control network, or two of them."""
+    torch.manual_seed(3)
+    nets = [
+        shaken(
+            diffusers.FluxControlNetModel(
+                patch_size=1,
+                in_channels=4,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                pooled_projection_dim=32,
+                axes_dims_rope=(4, 4, 8),
+                num_mode=3 if union else None,
+            )  # fmt: skip
+        )
+        for _ in range(2 if several else 1)
+    ]
+    return flux(folder) | {"controlnet": diffusers.FluxMultiControlNetModel(nets) if several else nets[0]}
+
+
+def redux() -> dict[str, Any]:
+    """Components of a tiny Redux, without text encoders."""
+    from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    return {
+        "image_encoder": SiglipVisionModel(config).eval(),
+        "feature_extractor": SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+        "image_embedder": diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(redux_dim=8, txt_in_features=4096),
+    }
+
+
 def stable_diffusion_3(folder: Path, in_channels: int = 16) -> dict[str, Any]:
     """Components of a tiny Stable Diffusion 3; its inpainting wants sixteen latent channels."""
     tok = tiny.tokenizer(folder / "tokenizer")
@@ -130,6 +168,9 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "flux-fill": lambda f: diffusers.FluxFillPipeline(**flux(f, in_channels=4 + 4 + 16, guidance=True)),
     "flux-control": lambda f: diffusers.FluxControlPipeline(**flux(f, in_channels=8)),
     "flux-kontext": lambda f: diffusers.FluxKontextPipeline(**flux(f, guidance=True)),
+    "flux-controlnet": lambda f: diffusers.FluxControlNetPipeline(**flux_controlnet(f)),
+    "flux-union": lambda f: diffusers.FluxControlNetPipeline(**flux_controlnet(f, union=True)),
+    "flux-redux": lambda f: diffusers.FluxPriorReduxPipeline(**redux()),
     "sd3": lambda f: diffusers.StableDiffusion3Pipeline(**stable_diffusion_3(f)),
     "sd3-33": lambda f: diffusers.StableDiffusion3InpaintPipeline(**stable_diffusion_3(f, 33)),
     "qwen": lambda f: diffusers.QwenImagePipeline(**qwen_image()),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.random import Generators, randn_tensor
@@ -22,8 +23,17 @@ def read_image_and_mask(
     image_processor: Any,
     mask_processor: Any,
     padding_mask_crop: int | None = None,
+    output_type: str = "pil",
 ) -> dict[str, Any]:
     """Picture and mask as tensors; with ``padding_mask_crop``, the region around the mask only."""
+    for name, given in (("image", image), ("mask_image", mask_image)):
+        if given is None:
+            raise ValueError(f"`{name}` is missing: inpainting needs a picture and a mask that is white where to paint")
+        if padding_mask_crop is not None and not (isinstance(given, Image.Image) and output_type == "pil"):
+            raise ValueError(
+                f"`padding_mask_crop` needs PIL images and output_type='pil', got {type(given).__name__} as `{name}` "
+                f"and {output_type!r}"
+            )
     crop, mode = None, "default"
     if padding_mask_crop is not None:
         crop = mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
@@ -132,7 +142,7 @@ def apply_mask(
         assert image_latents is not None
         if side > 1:
             mask = pack(mask.repeat(1, f.channels, 1, 1), side)
-        return {"mask": mask, "blend": _blend(scheduler, mask, image_latents, noise)}
+        return {"mask": mask, "blend": Blend(scheduler, mask, image_latents, noise)}
     if masked_image_latents is None:
         masked = image * (mask_pixels < 0.5)
     else:
@@ -141,16 +151,20 @@ def apply_mask(
     return {"mask": mask, "masked_image_latents": masked, "channels": torch.cat([mask, masked], dim=1)}
 
 
-def _blend(scheduler: Any, mask: Tensor, known: Tensor, noise: Tensor) -> Callable[[Tensor, int, Tensor], Tensor]:
+@dataclass
+class Blend:
     """Outside of the mask, put the picture back at the noise level of the next step (RePaint, 2022)."""
 
-    def blend(latents: Tensor, index: int, timesteps: Tensor) -> Tensor:
-        outside = known
-        if index < len(timesteps) - 1:
-            outside = noised(scheduler, known, noise, timesteps[index + 1 : index + 2])
-        return (1 - mask) * outside + mask * latents
+    scheduler: Any
+    mask: Tensor
+    known: Tensor
+    noise: Tensor
 
-    return blend
+    def __call__(self, latents: Tensor, index: int, timesteps: Tensor) -> Tensor:
+        outside = self.known
+        if index < len(timesteps) - 1:
+            outside = noised(self.scheduler, self.known, self.noise, timesteps[index + 1 : index + 2])
+        return (1 - self.mask) * outside + self.mask * latents
 
 
 def skip_mask_noise(

@@ -75,6 +75,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.transformer_sd3": ("SD3Transformer2DModel",),
     "effusion.models.safety_checker": ("StableDiffusionSafetyChecker",),
     # pipelines
+    "effusion.pipelines.single_file": ("load",),
     "effusion.pipelines.base": ("DiffusionPipeline",),
     "effusion.pipelines.modular": ("ModularPipeline",),
     "effusion.pipelines.auto": (
@@ -89,6 +90,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "StableDiffusionXLPipelineOutput",
         "StableDiffusion3PipelineOutput",
         "FluxPipelineOutput",
+        "FluxPriorReduxPipelineOutput",
         "QwenImagePipelineOutput",
     ),
     "effusion.pipelines.callbacks": (
@@ -119,6 +121,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "effusion.pipelines.pixart": ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     "effusion.pipelines.dit": ("DiTPipeline",),
+    "effusion.pipelines.flux_control": (
+        "FluxControlNetPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+        "FluxPriorReduxPipeline",
+    ),
     "effusion.pipelines.qwen_image": (
         "QwenImagePipeline",
         "QwenImageImg2ImgPipeline",
@@ -138,6 +146,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     # image processing
     "effusion.blocks.images": ("VaeImageProcessor",),
 }
+
+# names of other packages that scripts import from here
+BORROWED: dict[str, str] = {"AutoTokenizer": "transformers"}
 
 SUBMODULES: tuple[str, ...] = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters")
 SUBMODULES += ("blocks", "families", "pipelines", "training", "cli", "demo")

@@ -20,6 +20,7 @@ _CONDS = {
     "add_time_ids": ("time_ids", None),
 }
 _RENAMED = {"w_embedding": "guidance"}
+_MASKS = ("mask", "masked_image_latents")  # once for each branch of guidance, like the conditioning
 
 
 class PipelineCallback:
@@ -90,10 +91,12 @@ class SDXLCFGCutoffCallback(SDCFGCutoffCallback):
 
 def read_tensor(state: State, name: str) -> Any:
     """The tensor that users know as ``name``; branches of guidance side by side, negative first."""
+    conds = state.conds or {}
+    if name in _MASKS and (mask := state.get(name)) is not None and mask.ndim == 4:
+        return torch.cat([mask] * len(conds))
     if name not in _CONDS:
         return state.get(_RENAMED.get(name, name))
     part, branch = _CONDS[name]
-    conds = state.conds or {}
     if branch is not None:
         return conds[branch].tensors.get(part) if branch in conds else None
     return torch.cat([cond.tensors[part] for cond in conds.values()])
@@ -104,12 +107,25 @@ def write_tensors(state: State, given: dict[str, Any], returned: dict[str, Any])
     for name, value in returned.items():
         if value is given.get(name):
             continue
-        if name not in _CONDS:
+        if name in _MASKS:
+            _write_mask(state, name, value)
+        elif name not in _CONDS:
             state.update({_RENAMED.get(name, name): value})
         elif _CONDS[name][1] is None:
             _write_branches(state, _CONDS[name][0], value)
         else:
             _write_branch(state, str(_CONDS[name][1]), _CONDS[name][0], value)
+
+
+def _write_mask(state: State, name: str, value: torch.Tensor) -> None:
+    """Let a new mask, or new masked latents, act where the first ones did: in the blend or as input channels."""
+    value = value[-state.get(name).shape[0] :]
+    state.update({name: value})
+    if state.channels is not None and state.mask is not None:
+        state.channels = torch.cat([state.mask, state.get("masked_image_latents")], dim=1)
+    blend = state.get("blend")
+    if blend is not None and name == "mask":
+        blend.mask = value
 
 
 def _write_branches(state: State, part: str, value: torch.Tensor) -> None:

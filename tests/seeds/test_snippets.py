@@ -1,0 +1,320 @@
+"""Every snippet that our user gave us runs after changing the import, or is listed here as not built yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tests.pipelines.inputs import picture
+
+import effusion
+from effusion.blocks import pictures
+
+from . import standins
+from .snippets import SNIPPETS, Snippet
+
+SEEDS = Path(__file__).parents[3] / "shared" / "seeds"
+CODE = {s.place: s.code for s in SNIPPETS}
+Names = dict[str, Any]
+
+
+def execute(code: str, names: Names | None = None) -> Names:
+    """Run a script whose import was changed, as ``__main__``; ``names`` are there before and after."""
+    renamed = re.sub(r"^(\s*(?:from|import)\s+)diffusers\b", r"\1effusion", code, flags=re.MULTILINE)
+    names = {} if names is None else names
+    names["__name__"] = "__main__"
+    exec(compile(renamed, "snippet", "exec"), names)
+    return names
+
+
+class Later:
+    """Stands for ``names[name]``, which the snippet makes itself under another name."""
+
+    def __init__(self, names: Names, name: str) -> None:
+        self._names, self._name = names, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._names[self._name], attribute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._names[self._name](*args, **kwargs)
+
+
+# -- what a snippet finds there: names of the snippets before it, files in the current folder -----
+
+
+def torch_only(folder: Path) -> Names:
+    return {"torch": torch}
+
+
+def a_pipeline(folder: Path) -> Names:
+    pipeline = effusion.StableDiffusionPipeline.from_pretrained("runwayml/stable-diffusion-v1-5")
+    return {"torch": torch, "pipeline": pipeline, "prompt": "a photo of an astronaut"}
+
+
+def a_local_model(folder: Path) -> Names:
+    standins.write(standins.part(standins.stable_diffusion_variant("fp16"), "unet"), folder / "path/to/model")
+    return {"torch": torch}
+
+
+def a_local_plain_model(folder: Path) -> Names:
+    standins.write(standins.part(standins.stable_diffusion(), "vae"), folder / "path/to/model")
+    return {}
+
+
+def a_local_pipeline(folder: Path) -> Names:
+    standins.write(standins.stable_diffusion(), folder / "local/stable-diffusion-v1-5")
+    return {"torch": torch}
+
+
+def a_modular_pipeline(folder: Path) -> Names:
+    standins.write(standins.stable_diffusion(), folder / "path/to/modular/model")
+    return {"torch": torch}
+
+
+def an_input_picture(folder: Path) -> Names:
+    (folder / "path/to").mkdir(parents=True)
+    picture(64).save(folder / "path/to/input.jpg")
+    return {"torch": torch}
+
+
+def old_imports(folder: Path) -> Names:
+    return {"torch": torch, "StableDiffusionPipeline": effusion.StableDiffusionPipeline}
+
+
+def training_arguments(folder: Path) -> Names:
+    names = ("UNet2DConditionModel", "AutoencoderKL", "FluxTransformer2DModel")
+    vae = standins.write(standins.part(standins.stable_diffusion(), "vae"), folder / "vae")
+    return {
+        **{name: getattr(effusion, name) for name in names},
+        "pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5",
+        "pretrained_vae_model_name_or_path": str(vae),
+        "variant": None,
+        "revision": "main",
+    }
+
+
+def the_traced_unet(folder: Path) -> Names:
+    execute(CODE["000:490"])
+    names: Names = {"prompt": "a photo of an astronaut"}
+    names["pipe"] = Later(names, "pipeline")
+    return names
+
+
+BEFORE: dict[str, Callable[[Path], Names]] = {
+    "000:478": a_pipeline,
+    "000:562": the_traced_unet,
+    "000:624": a_pipeline,
+    "001:37": old_imports,
+    "002:92": torch_only,
+    "002:104": a_local_model,
+    "002:160": an_input_picture,
+    "002:190": torch_only,
+    "002:284": a_pipeline,
+    "002:296": a_pipeline,
+    "002:307": a_local_plain_model,
+    "002:677": a_local_pipeline,
+    "002:691": torch_only,
+    "002:759": a_modular_pipeline,
+    "002:836": torch_only,
+    "002:948": torch_only,
+    "002:1220": training_arguments,
+    "002:1299": training_arguments,
+    "002:1313": training_arguments,
+    "002:1694": torch_only,
+}
+
+
+# -- what must be true afterwards ----------------------------------------------------------------
+
+
+def half(name: str = "pipeline") -> Callable[[Names], None]:
+    def check(names: Names) -> None:
+        assert {m.dtype for m in names[name].modules.values()} == {torch.float16}
+
+    return check
+
+
+def a_picture(side: int = 64, name: str = "image") -> Callable[[Names], None]:
+    def check(names: Names) -> None:
+        image = names[name]
+        assert isinstance(image, PIL.Image.Image)
+        assert image.size == (side, side)
+
+    return check
+
+
+def sampler(class_name: str, **config: Any) -> Callable[[Names], None]:
+    def check(names: Names) -> None:
+        found = names["pipeline"].scheduler
+        assert type(found) is getattr(effusion, class_name)
+        assert config.items() <= dict(found.config).items()
+        assert found.config.beta_start == 0.00085, "the checkpoint's noise schedule was lost"
+        assert names["pipeline"]("a cat", num_inference_steps=2, output_type="latent").images.isfinite().all()
+
+    return check
+
+
+def sharded(names: Names) -> None:
+    assert Path("sdxl-unet-sharded/config.json").is_file()
+    again = effusion.UNet2DConditionModel.from_pretrained("sdxl-unet-sharded")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), names["unet"].parameters(), strict=True))
+
+
+def from_shards(names: Names) -> None:
+    half()(names)
+    assert names["pipeline"].unet is names["unet"]
+    assert len([f for f in standins.sharded_xl_unet() if f.endswith(".safetensors")]) > 1
+
+
+def channels_last(names: Names) -> None:
+    weight = names["pipeline"].unet.conv_out.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert names["pipeline"]("a cat", num_inference_steps=1, output_type="latent").images.isfinite().all()
+
+
+def traced(names: Names) -> None:
+    inputs = names["generate_inputs"]()
+    loaded = torch.jit.load("unet_traced.pt")
+    assert torch.equal(loaded(*inputs)[0], names["unet"](*inputs)[0])
+
+
+def the_traced_unet_ran(names: Names) -> None:
+    assert type(names["pipeline"].unet).__name__ == "TracedUNet"
+    assert tuple(names["pipeline"].config["unet"]) == ("__main__", "TracedUNet")
+    a_picture(512)(names)
+
+
+def sliced_attention(names: Names) -> None:
+    half("pipe")(names)
+    a_picture()(names)
+
+
+def text_and_model(names: Names) -> None:
+    import transformers
+
+    assert type(names["model"]) is effusion.UNet2DConditionModel
+    assert names["model"].dtype == torch.float16
+    assert names["AutoTokenizer"] is transformers.AutoTokenizer
+
+
+def of_class(name: str, class_name: str) -> Callable[[Names], None]:
+    def check(names: Names) -> None:
+        assert type(names[name]) is getattr(effusion, class_name)
+
+    return check
+
+
+def repainted(names: Names) -> None:
+    a_picture(768)(names)
+
+
+def modular(names: Names) -> None:
+    half()(names)
+    inputs = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "pt"}
+    assert names["pipeline"](output="images", **inputs).shape == (1, 3, 64, 64)
+
+
+def everything_saved(names: Names) -> None:
+    """After all of the switches the pipeline still runs, and gives what it gives without them."""
+    inputs = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
+    plain = a_pipeline(Path())["pipeline"]
+    a, b = (p(**inputs, generator=torch.Generator().manual_seed(0)).images for p in (names["pipeline"], plain))
+    assert (a - b).abs().max() < 1e-4
+
+
+def both_networks(names: Names) -> None:
+    of_class("unet", "UNet2DConditionModel")(names)
+    of_class("vae", "AutoencoderKL")(names)
+
+
+AFTER: dict[str, Callable[[Names], None]] = {
+    "000:37": sharded,
+    "000:48": from_shards,
+    "000:179": half(),
+    "000:201": of_class("pipeline", "StableDiffusionXLImg2ImgPipeline"),
+    "000:478": channels_last,
+    "000:490": traced,
+    "000:562": the_traced_unet_ran,
+    "001:21": a_picture(),
+    "001:37": half("pipe"),
+    "001:52": sliced_attention,
+    "002:92": half(),
+    "002:104": text_and_model,
+    "002:149": a_picture(),
+    "002:160": repainted,
+    "002:190": sampler("DPMSolverMultistepScheduler", use_karras_sigmas=True, algorithm_type="dpmsolver++"),
+    "002:231": of_class("pipeline", "StableDiffusionPipeline"),
+    "002:296": everything_saved,
+    "002:307": of_class("model", "AutoencoderKL"),
+    "002:497": sampler("DDIMScheduler"),
+    "002:677": of_class("pipeline", "StableDiffusionPipeline"),
+    "002:691": of_class("pipeline", "StableDiffusionPipeline"),
+    "002:759": modular,
+    "002:791": a_picture(),
+    "002:814": sampler("DPMSolverMultistepScheduler"),
+    "002:948": modular,
+    "002:1220": both_networks,
+    "002:1299": of_class("teacher_unet", "UNet2DConditionModel"),
+    "002:1313": of_class("transformer", "FluxTransformer2DModel"),
+    "002:1694": half(),
+}
+
+WITHOUT_XFORMERS = {"000:610", "002:836"}  # end with an error that names the package where it is missing
+
+
+@pytest.fixture
+def online(repositories: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pictures at published addresses come from the same local hub."""
+    import io
+
+    buffer = io.BytesIO()
+    picture(64).save(buffer, "PNG")
+    data = "datasets/huggingface/documentation-images"
+    repositories.add(data, {"diffusers/img2img-sdxl-init.png": buffer.getvalue()})
+    plain = pictures._download
+    local = lambda url: plain(url.replace("https://huggingface.co", repositories.url))  # noqa: E731
+    monkeypatch.setattr(pictures, "_download", local)
+    return repositories
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: f"{s.place} {s.title}")
+def test_snippet(snippet: Snippet, request: pytest.FixtureRequest) -> None:
+    if snippet.not_yet:
+        pytest.skip(snippet.not_yet)
+    request.getfixturevalue("online")
+    names = BEFORE.get(snippet.place, lambda _: {})(Path.cwd())
+    if snippet.place in WITHOUT_XFORMERS and importlib.util.find_spec("xformers") is None:
+        with pytest.raises(ImportError, match="xformers"):
+            execute(snippet.code, names)
+        return
+    AFTER.get(snippet.place, lambda _: None)(execute(snippet.code, names))
+
+
+def test_every_snippet_is_listed_once_and_as_it_stands() -> None:
+    """Where the documents lie beside the repository, the table is held against them."""
+    places = [s.place for s in SNIPPETS]
+    assert len(set(places)) == len(places)
+    if not SEEDS.is_dir():
+        pytest.skip("the documents are not here")
+    for document in SEEDS.glob("*.txt"):
+        lines = document.read_text().split("\n")
+        for place, code in CODE.items():
+            key, _, first = place.partition(":")
+            if document.name.startswith(key) and code:
+                body = code.strip("\n").split("\n")
+                there = lines[int(first) - 1 : int(first) - 1 + len(body)]
+                assert [b.split() for b in body] == [t.split() for t in there], place
+
+
+def test_pictures_of_the_same_script_are_the_same_bits(repositories: Any) -> None:
+    code = CODE["002:149"].replace("pipeline(prompt)", "pipeline(prompt, generator=torch.manual_seed(0))")
+    first, second = (np.asarray(execute(code)["image"]) for _ in range(2))
+    assert np.array_equal(first, second)
