@@ -33,6 +33,15 @@ FACADES = {"utils"}  # re-exports for scripts: above everything, imported by not
 FACE = {"models.base", "models.loading"}
 # what a network file may import from its own room
 SHARED = ("models.base", "models.modeling_outputs")
+# networks that are made of another one's parts, or are its older name
+MADE_OF = {
+    "models.controlnet": ("models.unet_2d_condition",),
+    "models.controlnet_flux": ("models.transformer_flux",),
+    "models.controlnet_sd3": ("models.transformer_sd3",),
+    "models.transformer_2d": ("models.transformer_dit", "models.transformer_pixart"),
+    "models.transformer_dit": ("models.transformer_2d",),
+    "models.transformer_pixart": ("models.transformer_2d",),
+}
 
 
 def module_of(path: Path) -> tuple[str, bool]:
@@ -84,7 +93,8 @@ def violations(path: Path, text: str) -> list[str]:
             continue
         if target not in allowed:
             answer.append(f"{path.name}:{line} {room} imports {name or 'the top package'}")
-        if room == target == "models" and not package and module not in FACE and not name.startswith(SHARED):
+        shared = (*SHARED, *MADE_OF.get(module, ()))
+        if room == target == "models" and not package and module not in FACE and not name.startswith(shared):
             answer.append(f"{path.name}:{line} the network imports {name}; parts that are shared live in nn/")
     return answer
 

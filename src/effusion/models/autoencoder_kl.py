@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 
 from ..core.config import register_to_config
 from ..core.random import Generators
 from ..nn.attention import AttentionMixin
-from ..nn.tiling import blend, tiled
+from ..nn.tiling import SlicingMixin, blend, tiled
 from ..nn.vae import AutoencoderKLOutput, Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
 from .base import ModelMixin
-
-
-class SlicingMixin:
-    """Switches of autoencoders: a batch one by one, a large picture in tiles."""
-
-    use_slicing = False
-    use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Encode and decode the pictures of a batch one after another: less memory, the same result."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        self.use_slicing = False
-
-    def enable_tiling(self) -> None:
-        """Encode and decode large pictures in overlapping tiles: less memory, slightly different near borders."""
-        self.use_tiling = True
-
-    def disable_tiling(self) -> None:
-        self.use_tiling = False
-
-    def _by_item(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``run(x)``, one item of the batch at a time if slicing is on."""
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([run(item) for item in x.split(1)])
-        return run(x)
 
 
 class AutoencoderKL(SlicingMixin, AttentionMixin, ModelMixin):

@@ -16,9 +16,8 @@ from ..core.config import register_to_config
 from ..core.random import Generators
 from ..nn import fresh
 from ..nn.dispatch import attend
-from ..nn.tiling import blend, tiled
+from ..nn.tiling import SlicingMixin, blend, tiled
 from ..nn.vae import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
-from .autoencoder_kl import SlicingMixin
 from .base import ModelMixin
 
 

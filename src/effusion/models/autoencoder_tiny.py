@@ -13,9 +13,8 @@ from ..core.outputs import BaseOutput
 from ..core.random import Generators
 from ..nn import checkpointing
 from ..nn.feed_forward import activation
-from ..nn.tiling import overlaid
+from ..nn.tiling import SlicingMixin, overlaid
 from ..nn.vae import DecoderOutput
-from .autoencoder_kl import SlicingMixin
 from .base import ModelMixin
 
 

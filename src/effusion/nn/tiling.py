@@ -1,4 +1,4 @@
-"""Large pictures in tiles whose borders are blended."""
+"""Batches one by one, and large pictures in tiles whose borders are blended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,33 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+class SlicingMixin:
+    """Switches of autoencoders: a batch one by one, a large picture in tiles."""
+
+    use_slicing = False
+    use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Encode and decode the pictures of a batch one after another: less memory, the same result."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        """Encode and decode large pictures in overlapping tiles: less memory, slightly different near borders."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def _by_item(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``run(x)``, one item of the batch at a time if slicing is on."""
+        if self.use_slicing and x.shape[0] > 1:
+            return torch.cat([run(item) for item in x.split(1)])
+        return run(x)
 
 
 def blend(a: Tensor, b: Tensor, extent: int, dim: int) -> Tensor:
