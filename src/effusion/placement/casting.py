@@ -135,8 +135,11 @@ def uncast(module: nn.Module) -> None:
                 elif tensor.dtype != compute:
                     _retype(tensor, compute)
             transform.casts = {}
+            if transform.idle:
+                del engine.transforms[layer]
     engine.rehome()
     engine.install()
+    engine.close_if_idle()
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:

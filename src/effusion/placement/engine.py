@@ -476,6 +476,10 @@ class Engine:
         self.root.__dict__.pop(_ATTRIBUTE, None)
         _engines.discard(self)
 
+    def close_if_idle(self) -> None:
+        if not self.units and not self.transforms:
+            self.close()
+
     def replace_files(self, files: Sequence[Path]) -> None:
         """``files`` hold weights now; ours that don't any more are removed (mappings of them stay valid)."""
         homes.remove([file for file in self._files if file not in files])

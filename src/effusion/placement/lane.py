@@ -288,6 +288,7 @@ class CudaStreams:
         self.api: Any = getattr(torch, device.type)
         self._copy: Any = None
         self._chunks: list[tuple[Tensor, Any]] = []
+        self._lock = threading.Lock()
         self.pinned = 0  # bytes
 
     def mark(self) -> Any:
@@ -300,10 +301,11 @@ class CudaStreams:
         self.api.current_stream(self.device).wait_event(event)
 
     def release(self) -> None:
-        for _, event in self._chunks:
-            if event is not None:
-                event.synchronize()
-        self._chunks, self.pinned = [], 0
+        with self._lock:
+            for _, event in self._chunks:
+                if event is not None:
+                    event.synchronize()
+            self._chunks, self.pinned = [], 0
 
     def copy(self, buffer: Tensor, pieces: list[Piece], strays: list[Any], after: list[Any], fill: Any) -> Any:
         if self._copy is None:
@@ -330,29 +332,32 @@ class CudaStreams:
         if not pieces:
             return
         at, end = pieces[0].start, pieces[-1].start + pieces[-1].nbytes
-        turn = 0
         while at < end:
             stop = min(at + CHUNK, end)
             todo = [p for p in pieces if p.start < stop and p.start + p.nbytes > at]
             if todo:
-                chunk, event = self._chunk(turn)
-                if event is not None:
-                    event.synchronize()
-                fill(memoryview(chunk.numpy())[: stop - at], todo, at, stop)
-                for p in todo:  # gaps may hold what is resident: copy only what was filled
-                    a, b = max(p.start, at), min(p.start + p.nbytes, stop)
-                    buffer[a:b].copy_(chunk[a - at : b - at], non_blocking=True)
-                mark = self.api.Event()
-                mark.record(self._copy)
-                self._chunks[turn] = (chunk, mark)
-                turn = 1 - turn
+                with self._lock:  # what is needed at once is fetched beside what is fetched ahead
+                    self._one_chunk(buffer, todo, at, stop, fill)
             at = stop
 
-    def _chunk(self, turn: int) -> tuple[Tensor, Any]:
-        while len(self._chunks) <= turn:
+    def _one_chunk(self, buffer: Tensor, todo: list[Piece], at: int, stop: int, fill: Any) -> None:
+        if len(self._chunks) < 2:
             self._chunks.append((pinned_bytes(CHUNK), None))
             self.pinned += CHUNK
-        return self._chunks[turn]
+        chunk, event = self._chunks.pop(0)  # the one whose copy was queued first
+        if event is not None:
+            event.synchronize()
+        try:
+            fill(memoryview(chunk.numpy())[: stop - at], todo, at, stop)
+        except BaseException:
+            self._chunks.append((chunk, None))
+            raise
+        for p in todo:
+            a, b = max(p.start, at), min(p.start + p.nbytes, stop)
+            buffer[a:b].copy_(chunk[a - at : b - at], non_blocking=True)
+        mark = self.api.Event()
+        mark.record(self._copy)
+        self._chunks.append((chunk, mark))
 
 
 def pinned_bytes(nbytes: int) -> Tensor:

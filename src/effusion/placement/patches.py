@@ -123,8 +123,7 @@ def remove_patch(module: nn.Module, name: str) -> None:
         if transform.idle:
             del engine.transforms[layer]
     engine.install()
-    if not engine.units and not engine.transforms:
-        engine.close()
+    engine.close_if_idle()
 
 
 def patch_names(module: nn.Module) -> dict[str, float]:

@@ -219,8 +219,7 @@ def remove(module: nn.Module) -> None:
     engine.set_units([], {"kind": "resident"})
     engine.give_back = False
     engine.replace_files([])
-    if not engine.transforms:
-        engine.close()
+    engine.close_if_idle()
 
 
 def resident(module: nn.Module, device: torch.device | str | None = None) -> None:

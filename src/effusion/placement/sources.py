@@ -256,7 +256,6 @@ def write_offload_file(path: Path, tensors: list[Tensor]) -> list[Tensor]:
                 if tensor.numel():
                     file.write(memoryview(flat_bytes(tensor).cpu().numpy()))
             file.flush()
-            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

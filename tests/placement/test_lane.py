@@ -1,0 +1,299 @@
+"""The way to a device: order of copies and computation on a simulated accelerator, and the ring."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from effusion.placement import engine, lane, policies
+from effusion.placement.arena import ALIGN, Arena, layout
+from effusion.placement.sources import Mappings, changed_in_memory, is_dense, write_offload_file
+
+from . import toys
+from .conftest import travel_always
+
+CPU = torch.device("cpu")
+
+
+class Event:
+    """Knows everything that happened before it was recorded."""
+
+    def __init__(self) -> None:
+        self.knows: set[int] = set()
+
+    def record(self, stream: Stream) -> None:
+        self.knows = set(stream.knows)
+
+    def synchronize(self) -> None:
+        Api.host |= self.knows
+
+    def query(self) -> bool:
+        return False  # never known to be over: the strictest accelerator there is
+
+
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.knows: set[int] = set()
+
+    def wait_event(self, event: Event) -> None:
+        self.knows |= event.knows
+
+
+class Api:
+    """Stands for ``torch.cuda``: streams that only know what they waited for."""
+
+    Event, Stream = Event, Stream
+    compute = Stream()
+    host: set[int] = set()
+    thread = threading.local()
+
+    @staticmethod
+    def current_stream(device: Any = None) -> Stream:
+        return getattr(Api.thread, "now", Api.compute)
+
+    @staticmethod
+    def device(device: Any) -> Any:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def stream(stream: Stream) -> Iterator[None]:
+        before, Api.thread.now = Api.current_stream(), stream
+        try:
+            yield
+        finally:
+            Api.thread.now = before
+
+
+class Watch:
+    """Numbers every copy into the ring and every use of it, and says when one may run into the other."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.uses: dict[int, set[int]] = {}  # byte (in blocks of 512) -> uses of it
+        self.copies: dict[int, int] = {}  # block -> its last copy
+        self.problems: list[str] = []
+
+    def blocks(self, tensor: torch.Tensor, base: int) -> range:
+        start = tensor.data_ptr() - base
+        return range(start // 512, (start + max(tensor.nbytes, 1) - 1) // 512 + 1)
+
+    def copied(self, blocks: range) -> None:
+        self.count += 1
+        for b in blocks:
+            if self.uses.get(b, set()) - Api.current_stream().knows:
+                self.problems.append(f"copy over block {b} that may still be computed with")
+            self.copies[b] = self.count
+        Api.current_stream().knows.add(self.count)
+
+    def used(self, blocks: range) -> None:
+        self.count += 1
+        for b in blocks:
+            if self.copies.get(b) not in Api.compute.knows:
+                self.problems.append(f"block {b} used before its copy was waited for")
+            self.uses.setdefault(b, set()).add(self.count)
+        Api.compute.knows.add(self.count)
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch) -> tuple[lane.Lane, Watch]:
+    """A lane to the CPU that behaves as one to an accelerator."""
+    monkeypatch.setattr(lane, "SMALL", 0)
+    Api.compute, Api.host = Stream(), set()
+    Api.thread = threading.local()
+    road = lane.Lane(CPU)
+    streams = lane.CudaStreams(CPU)
+    streams.api = Api
+    road.streams = streams
+    watch = Watch()
+    copy = lane.CudaStreams.copy
+
+    def watched(self: Any, buffer: Any, pieces: Any, strays: Any, after: Any, fill: Any) -> Any:
+        def filling(target: Any, todo: Any, start: int, stop: int) -> None:
+            base = road.arena.buffer.data_ptr() if road.arena is not None else 0
+            for p in todo:
+                watch.copied(watch.blocks(buffer[p.start : p.start + p.nbytes], base))
+            fill(target, todo, start, stop)
+
+        return copy(self, buffer, pieces, strays, after, filling)
+
+    monkeypatch.setattr(lane.CudaStreams, "copy", watched)
+    monkeypatch.setitem(lane._lanes, CPU, road)
+    return road, watch
+
+
+def observe(module: nn.Module, road: lane.Lane, watch: Watch) -> None:
+    """Tell ``watch`` of every weight in the ring that ``module`` computes with."""
+
+    def use(m: nn.Module, args: Any) -> None:
+        for p in m._parameters.values():
+            if p is not None and road.arena is not None and road.arena.holds(p):
+                watch.used(watch.blocks(p, road.arena.buffer.data_ptr()))
+
+    for m in module.modules():
+        m.register_forward_pre_hook(use)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_copies_and_computation_keep_their_order(
+    kind: str, ahead: bool, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    road, watch = simulate(monkeypatch)
+    module, x = toys.Fails(), torch.randn(2, 8)
+    with torch.no_grad():
+        resident = module(x)
+    folder = tmp_path if on_disk else None
+    policies.apply_group_offloading(module, "cpu", offload_type=kind, use_stream=ahead, offload_to_disk_path=folder)
+    travel_always(module)
+    observe(module, road, watch)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(module(x), resident)
+        module.fail_at = 1
+        with pytest.raises(RuntimeError):
+            module(x)
+        module.fail_at = None
+        assert torch.equal(module(x), resident)
+    policies.remove(module)
+    assert watch.uses and watch.copies
+    assert not watch.problems, watch.problems[:3]
+
+
+@pytest.mark.parametrize("forgotten", ["mark", "wait"])
+def test_the_simulation_finds_a_forgotten_wait(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    road, watch = simulate(monkeypatch)
+    monkeypatch.setattr(lane.CudaStreams, forgotten, lambda *args: None)
+    module, x = toys.Fails(), torch.randn(2, 8)
+    policies.apply_group_offloading(module, "cpu", offload_type="block_level", use_stream=True)
+    travel_always(module)
+    observe(module, road, watch)
+    with torch.no_grad():
+        module(x), module(x)
+    policies.remove(module)
+    assert watch.problems
+
+
+# -- the ring ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 3000)), max_size=60))
+def test_ring_never_hands_out_the_same_room_twice(steps: list[tuple[bool, int]]) -> None:
+    arena = Arena(16 * 512, CPU)
+    taken: list[Any] = []
+    for take, size in steps:
+        if take or not taken:
+            room = arena.take(size)
+            if room is not None:
+                assert room.nbytes >= size and room.start + room.nbytes <= arena.capacity
+                assert all(room.start + room.nbytes <= o.start or o.start + o.nbytes <= room.start for o in taken)
+                taken.append(room)
+        else:
+            arena.give(taken.pop(size % len(taken)))
+        assert arena.free == arena.capacity - sum(r.nbytes for r in taken)
+    for room in taken:
+        arena.give(room)
+    assert arena.idle and arena.take(arena.capacity) is not None
+
+
+def test_layout_keeps_alignment_and_file_neighbours() -> None:
+    base = torch.empty(4096, dtype=torch.uint8)
+    parts = [base[24:100].view(torch.float16), base[100:228].view(torch.float32), base[512:600]]
+    offsets, size = layout(parts, on_cpu=True)
+    assert all((at - part.data_ptr()) % ALIGN == 0 for at, part in zip(offsets, parts, strict=True))
+    assert offsets[1] == offsets[0] + parts[0].nbytes, "what is adjacent in memory is adjacent in the ring"
+    assert size >= offsets[-1] + parts[-1].nbytes
+
+
+# -- sources ---------------------------------------------------------------------------------------------------
+
+
+def test_offloaded_tensors_come_back_as_they_lie(tmp_path: Path) -> None:
+    tensors = [
+        torch.randn(3, 5),
+        torch.randn(4, 2, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(7, 3).t(),
+        torch.randn(5).to(torch.float8_e4m3fn),
+        torch.tensor(3.5),
+        torch.empty(0, 4),
+        torch.arange(9, dtype=torch.int8),
+        torch.tensor([True, False]),
+    ]
+    back = write_offload_file(tmp_path / "effusion-1-x.safetensors", tensors)
+    for a, b in zip(tensors, back, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        assert torch.equal(a.view(torch.uint8) if a.dim() == 1 else a, b.view(torch.uint8) if b.dim() == 1 else b)
+    mappings = Mappings()
+    spans = [mappings.span(t) for t in back]
+    assert all(s is not None for s, t in zip(spans, back, strict=True) if t.numel())
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "effusion-1-x.safetensors", "pt") as file:  # a valid file of the format
+        assert "0" in file.keys()
+
+
+def test_written_pages_are_no_slice_of_the_file(tmp_path: Path) -> None:
+    (back,) = write_offload_file(tmp_path / "effusion-1-x.safetensors", [torch.zeros(4096)])
+    assert not changed_in_memory(back)
+    float(back.sum())
+    assert not changed_in_memory(back)
+    back.data[5] = 1.0
+    assert changed_in_memory(back)
+    assert Mappings().span(back) is None
+
+
+def test_memory_of_this_process_is_no_file() -> None:
+    assert Mappings().span(torch.zeros(1000)) is None
+    assert Mappings().span(torch.zeros(1000).pin_memory() if torch.cuda.is_available() else torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.zeros(2, 3), True),
+        (torch.zeros(2, 3).t(), True),
+        (torch.zeros(2, 3)[:, :2], False),
+        (torch.zeros(3)[:, None].expand(3, 4), False),
+        (torch.zeros(1, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.zeros(()), True),
+    ],
+)
+def test_dense(tensor: torch.Tensor, dense: bool) -> None:
+    assert is_dense(tensor) == dense
+
+
+def test_odd_tensors_travel_too(tmp_path: Path) -> None:
+    """Expanded, strided, empty and scalar weights."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("expanded", torch.randn(3)[:, None].expand(3, 4))
+            self.register_buffer("strided", torch.randn(4, 6)[:, ::2])
+            self.register_buffer("empty", torch.empty(0, 3))
+            self.scalar = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.expanded + self.strided[0].sum()) * self.scalar + self.empty.sum()
+
+    module, x = nn.Sequential(Odd()), torch.randn(2, 3)
+    with torch.no_grad():
+        resident = module(x)
+        policies.cpu_offload(module, "cpu")
+        travel_always(module)
+        assert torch.equal(module(x), resident)
+        policies.apply_group_offloading(module, "cpu", offload_type="leaf_level", offload_to_disk_path=tmp_path)
+        assert torch.equal(module(x), resident)
+    found = engine.engine_of(module)
+    assert found is not None and len(found.units) == 1
+    policies.remove(module)
