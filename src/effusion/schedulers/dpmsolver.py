@@ -48,7 +48,11 @@ def integrals(algorithm: str, s: Level, t: Level) -> tuple[float, tuple[float, f
 
 
 def multistep(algorithm: str, solver_type: str, levels: Sequence[Level], order: int) -> Weights:
-    """A multistep step of ``order`` 1 to 3; ``levels`` are the target, the current one and the past, backwards."""
+    """A multistep step of ``order`` 1 to 3; ``levels`` are the target, the current one and the past, backwards.
+
+    The third order takes ``φ_3`` once where the integral of the quadratic term is ``2 φ_3``, as the authors' code
+    and the ecosystem do: it converges with order 2. Kept, since the same seed must give the same image.
+    """
     t, s = levels[:2]
     a, (phi1, phi2, phi3), c = integrals(algorithm, s, t)
     h = t.lam - s.lam
