@@ -358,7 +358,14 @@ def test_training_gradients_equal_the_peers() -> None:
 def test_traces_compiles_and_fakes() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    small = {"layers_per_block": 1, "transformer_layers_per_block": 1}
+    small = {
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     _, ours = pair("UNet2DConditionModel", **{**SDXL, **small})
     given = inputs("sdxl")
     given["timestep"] = torch.tensor(37)
