@@ -73,7 +73,8 @@ def loaded(checkpoint: Checkpoints) -> Pipes:
         pipe = kept[key]
         own = {k: v for k, v in pipe.config.items() if not k.startswith("_") and k not in pipe.components}
         made = cls(**pipe.components, **own)
-        made.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        if "scheduler" in pipe.components:
+            made.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         made.set_progress_bar_config(disable=True)
         return made
 

@@ -297,11 +297,11 @@ MISTAKES: list[tuple[str, str, str, dict[str, Any], str]] = [
     ),
     (
         "crop of an array", SD_INPAINT, "sd",
-        {"image": np.array(picture()), "mask_image": mask(), "padding_mask_crop": 2}, "PIL images .*, got ndarray as `image`",
+        {"image": np.array(picture()), "mask_image": mask(), "padding_mask_crop": 2}, "needs PIL.* got ndarray",
     ),
     (
         "crop to an array", SD_INPAINT, "sd",
-        {"image": picture(), "mask_image": mask(), "padding_mask_crop": 2, "output_type": "np"}, "output_type='pil'.*'np'",
+        {"image": picture(), "mask_image": mask(), "padding_mask_crop": 2, "output_type": "np"}, "needs PIL.*'np'",
     ),
     ("no mask", SD_INPAINT, "sd", {"image": picture()}, "`mask_image` is missing"),
     ("no picture", SD_INPAINT, "sd", {"mask_image": mask()}, "`image` is missing"),
@@ -379,6 +379,15 @@ def test_setting_a_component_updates_the_configuration(ours: Pipes, tmp_path: Pa
         "EulerDiscreteScheduler",
     ]
     assert type(effusion.StableDiffusionPipeline.from_pretrained(tmp_path).scheduler) is effusion.EulerDiscreteScheduler
+
+
+def test_swapping_the_scheduler_as_everyone_does_is_silent(ours: Pipes, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = ours(SD, "sd")
+    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"):
+        pipe.scheduler = getattr(effusion, name).from_config(pipe.scheduler.config)
+    assert not caplog.messages
+    effusion.DDIMScheduler.from_config({**pipe.scheduler.config, "betas_start": 1})
+    assert "betas_start" in caplog.text
 
 
 def test_to_casts_every_network(ours: Pipes) -> None:

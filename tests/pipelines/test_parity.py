@@ -183,6 +183,23 @@ CASES = [
     Case("lcm i2i weak", LCM_I2I, "lcm", {**IMAGE, "strength": 0.4, "num_images_per_prompt": 2}),
 ]  # fmt: skip
 
+# What the tiny networks have to hear, or the comparisons above would not notice what becomes of it.
+HEARD = [
+    (SD, "sd", {}, {"prompt": "a dog"}),
+    (SD, "sd", {}, {"negative_prompt": "dark"}),
+    (SD, "sd", {}, {"guidance_scale": 7.0}),
+    (SD, "sd", {}, {"guidance_rescale": 0.1}),
+    (XL, "xl", {}, {"prompt": "a dog"}),
+    (XL, "xl", {}, {"prompt_2": "a dog"}),
+    (XL, "xl", {}, {"original_size": (64, 48)}),
+    (XL, "xl", {}, {"crops_coords_top_left": (3, 4)}),
+    (XL, "xl", {}, {"negative_original_size": (10, 12), "negative_target_size": (20, 22)}),
+    (XL_I2I, "refiner", {**IMAGE, "strength": 0.9}, {"aesthetic_score": 5.0}),
+    (LCM, "lcm", {}, {"prompt": "a dog"}),
+    (LCM, "lcm", {}, {"guidance_scale": 7.0}),
+    (SD_INPAINT, "sd9", PAINT, {"image": lambda: picture(seed=1)}),
+]
+
 # Every diffusion scheduler that both libraries have, with each task.
 SAMPLERS = sorted(s.name for s in diffusers.schedulers.KarrasDiffusionSchedulers if s.name in registry.public_names())
 SAMPLERS += [n for n in ("TCDScheduler", "DDPMParallelScheduler") if n in registry.public_names()]
@@ -249,6 +266,16 @@ def test_face_equals_the_peers(case: Case, ours: Pipes, theirs: Pipes) -> None:
     a = with_scheduler(ours(case.face, case.checkpoint), effusion, case.scheduler, case.scheduler_config)
     b = with_scheduler(theirs(case.face, case.checkpoint), diffusers, case.scheduler, case.scheduler_config)
     compare(a, b, case)
+
+
+@pytest.mark.parametrize(("face", "name", "call", "change"), HEARD, ids=lambda v: v if isinstance(v, str) else "")
+def test_the_tiny_networks_hear(
+    face: str, name: str, call: dict[str, Any], change: dict[str, Any], ours: Pipes
+) -> None:
+    pipe, latent = ours(face, name), {"output_type": "latent"}
+    plain = pipe(**Case("", face, name, call | latent).inputs()).images
+    changed = pipe(**Case("", face, name, call | change | latent).inputs()).images
+    assert relative(changed, plain) > 30 * RELATIVE
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -42,8 +42,9 @@ def denoise(
     predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs or attention_kwargs)
     assert state.latents is not None and state.conds is not None
     for index, t in enumerate(timesteps):
-        predict = predictor.at(scale_input(state.latents, t), t)
-        prediction = state.guider(predict, state.conds, index / len(timesteps))
+        done, total = index / len(timesteps), len(timesteps)
+        predict = predictor.at(scale_input(state.latents, t), t, (done, (index + 1) / total))
+        prediction = state.guider(predict, state.conds, done)
         stepped = scheduler.step(prediction, t, state.latents, **options, return_dict=False)
         state.latents = stepped[0]
         state.denoised = stepped[1] if len(stepped) > 1 else None
@@ -61,18 +62,23 @@ class Predictor:
         self.family, self.model, self.state, self.attention = family, model, state, attention
         self._batched: tuple[tuple[Cond, ...], Cond] | None = None
 
-    def at(self, x: Tensor, t: Tensor) -> Any:
-        """The predictions at ``x``, ``t`` as a function of the branches and of changes to the input."""
+    def at(self, x: Tensor, t: Tensor, part: tuple[float, float]) -> Any:
+        """The predictions at ``x``, ``t`` as a function of the branches and of changes to the input.
+
+        ``part`` of the steps, in 0..1, begins and ends with this one.
+        """
 
         def predict(conds: Sequence[Cond], **changes: Any) -> Sequence[Tensor]:
             if self.family.one_by_one:
-                return [self._evaluate(x, t, [cond], changes) for cond in conds]
-            prediction = self._evaluate(x, t, conds, changes)
+                return [self._evaluate(x, t, [cond], part, changes) for cond in conds]
+            prediction = self._evaluate(x, t, conds, part, changes)
             return (prediction,) if len(conds) == 1 else prediction.chunk(len(conds))
 
         return predict
 
-    def _evaluate(self, x: Tensor, t: Tensor, conds: Sequence[Cond], changes: dict[str, Any]) -> Tensor:
+    def _evaluate(
+        self, x: Tensor, t: Tensor, conds: Sequence[Cond], part: tuple[float, float], changes: dict[str, Any]
+    ) -> Tensor:
         n, state = len(conds), self.state
         inputs = ModelInput(
             x=_tile(x, n),
@@ -84,6 +90,8 @@ class Predictor:
             positions=state.positions or {},
             attention=self.attention,
         )
+        if state.control is not None:
+            inputs = inputs.replace(residuals=state.control(inputs, *part))
         return self.family.call(self.model, inputs.replace(**changes) if changes else inputs)  # type: ignore[no-any-return]
 
     def _cat(self, conds: Sequence[Cond]) -> Cond:

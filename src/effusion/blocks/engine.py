@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from ..core.types import State
@@ -20,7 +20,7 @@ from ..core.types import State
 BlockFunction = Callable[..., Any]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parameters(function: BlockFunction) -> tuple[inspect.Parameter, ...]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return tuple(p for p in inspect.signature(function).parameters.values() if p.kind in named)
@@ -60,7 +60,7 @@ class Block:
         if name in State.__dataclass_fields__:
             return state.get(name)
         raise ValueError(
-            f"the block `{self.name}` needs `{name}`: neither the call, nor the components, nor an earlier block gave it"
+            f"the block `{self.name}` needs `{name}`: neither the call nor the components nor an earlier block gave it"
         )
 
 

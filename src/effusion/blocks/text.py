@@ -72,13 +72,33 @@ def check_prompts(
             raise TypeError(f"`{name}` has to be a string or a list of strings, not {type(text).__name__}")
     if prompt is None and prompt_embeds is None:
         raise ValueError("neither `prompt` nor `prompt_embeds` was given; give one of them")
-    if prompt_embeds is not None and negative_prompt_embeds is not None:
-        if prompt_embeds.shape != negative_prompt_embeds.shape:
-            raise ValueError(
-                f"`prompt_embeds` {tuple(prompt_embeds.shape)} and `negative_prompt_embeds` "
-                f"{tuple(negative_prompt_embeds.shape)} must have the same shape"
-            )
+    shapes = [tuple(embeds.shape) for embeds in (prompt_embeds, negative_prompt_embeds) if embeds is not None]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"`prompt_embeds` and `negative_prompt_embeds` must have the same shape, got {shapes}")
     count = prompt_embeds.shape[0] if prompt_embeds is not None else len(as_list(prompt))
     if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != count:
         raise ValueError(f"{len(negative_prompt)} negative prompts for {count} prompts: give one, or one for each")
     return count
+
+
+def check_pooled(
+    prompt_embeds: Tensor | None, pooled: Tensor | None, negative_embeds: Tensor | None, negative_pooled: Tensor | None
+) -> None:
+    """Embeddings come with their pooled vector, for families that use both.
+
+    Raises:
+        ValueError: one is there without the other.
+    """
+    for name, embeds, vector in (("", prompt_embeds, pooled), ("negative_", negative_embeds, negative_pooled)):
+        if embeds is not None and vector is None:
+            raise ValueError(
+                f"`{name}prompt_embeds` was given without `{name}pooled_prompt_embeds`; "
+                "give both, as `encode_prompt` returns them"
+            )
+
+
+def check_tokens(max_sequence_length: int | None, most: int) -> None:
+    if max_sequence_length is not None and not 0 < max_sequence_length <= most:
+        raise ValueError(
+            f"`max_sequence_length` has to be in 1..{most}, got {max_sequence_length}: it can't be over {most}"
+        )

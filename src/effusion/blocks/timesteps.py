@@ -73,7 +73,7 @@ def start_at_strength(scheduler: Any, num_inference_steps: int, strength: float)
 def cutoff(scheduler: Any, fraction: float) -> int:
     """The training timestep at which ``fraction`` of the denoising is done (1 = all of it)."""
     total = scheduler.config.num_train_timesteps
-    return int(round(total - fraction * total))
+    return round(total - fraction * total)  # type: ignore[no-any-return]
 
 
 def start_at_fraction(scheduler: Any, fraction: float) -> tuple[Tensor, int]:

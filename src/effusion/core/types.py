@@ -135,6 +135,7 @@ class State:
     guidance: Tensor | None = None  # embedded guidance of a distilled network
     positions: dict[str, Any] | None = None  # ids or shapes of tokens, for rotary embeddings
     guider: Any = None  # combines the predictions of the branches
+    control: Any = None  # (ModelInput, part of the steps done, part done after this one) -> residuals
     denoised: Tensor | None = None  # the last step's estimate of the clean latents
     images: Any = None  # the result, in the form that was asked for
     interrupted: bool = False  # set by a consumer to stop denoising after the current step

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..blocks.decode import check_output_type
 from ..blocks.guiders import ClassifierFree
-from ..blocks.text import Prompt, as_list, check_prompts, tokenize
+from ..blocks.text import Prompt, check_pooled, check_prompts, check_tokens
 from ..blocks.timesteps import check_strength, retrieve_timesteps, start_at_strength
 from ..core import log
 from ..core.types import Cond, ModelInput
-from .base import Family, predict, require_component, setting
+from .base import Family, predict, setting
 from .flux_tasks import FLUX_STARTS, token_ids
+from .flux_text import encode
 
 logger = log.get_logger(__name__)
 DEFAULT_SIDE = 1024  # pixels
@@ -48,14 +49,8 @@ def check(
     prompts = check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
     if prompt_2 is not None and prompt_embeds is not None:
         raise ValueError("both `prompt_2` and `prompt_embeds` were given; give one of them")
-    for name, embeds, pooled in (
-        ("prompt_embeds", prompt_embeds, pooled_prompt_embeds),
-        ("negative_prompt_embeds", negative_prompt_embeds, negative_pooled_prompt_embeds),
-    ):
-        if embeds is not None and pooled is None:
-            raise ValueError(f"`{name}` was given without `{name.replace('prompt', 'pooled_prompt')}`; give both")
-    if max_sequence_length is not None and max_sequence_length > MAX_TOKENS:
-        raise ValueError(f"`max_sequence_length` can't be over {MAX_TOKENS}, got {max_sequence_length}")
+    check_pooled(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
+    check_tokens(max_sequence_length, MAX_TOKENS)
     check_output_type(output_type)
     if strength is not None:
         check_strength(strength)
@@ -73,9 +68,7 @@ def check(
     }
 
 
-def image_size(
-    family: Family, components: Mapping[str, Any], height: int | None, width: int | None
-) -> tuple[int, int]:
+def image_size(family: Family, components: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, int]:
     """Size in pixels, rounded down to what packs into tokens (with the ecosystem's warning)."""
     f = family.latent_format(components)
     multiple = f.downscale * family.packing
@@ -90,53 +83,6 @@ def image_size(
             multiple, *wanted, *size,
         )  # fmt: skip
     return size
-
-
-def encode(
-    components: Mapping[str, Any],
-    device: torch.device,
-    prompt: Prompt = None,
-    prompt_2: Prompt = None,
-    negative_prompt: Prompt = None,
-    negative_prompt_2: Prompt = None,
-    prompt_embeds: Tensor | None = None,
-    pooled_prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    negative_pooled_prompt_embeds: Tensor | None = None,
-    num_images_per_prompt: int = 1,
-    max_sequence_length: int = MAX_TOKENS,
-    guide: bool = False,
-) -> dict[str, Any]:
-    """T5 tokens of ``prompt_2`` (or ``prompt``) and CLIP's pooled vector of ``prompt``, per branch."""
-
-    def branch(texts: Prompt, texts_2: Prompt, tokens: Tensor | None, pooled: Tensor | None, count: int) -> Cond:
-        if tokens is None:
-            first = as_list(texts, count)
-            pooled = _clip(components, device, first)
-            tokens = _t5(components, device, as_list(texts_2, count) if texts_2 else first, max_sequence_length)
-        return Cond(tokens=tokens, pooled=pooled)
-
-    positive = branch(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, len(as_list(prompt)))
-    conds = {"positive": positive}
-    if guide:
-        assert positive.tokens is not None
-        conds["negative"] = branch(
-            negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds,
-            positive.tokens.shape[0],
-        )  # fmt: skip
-    return {"conds": {k: c.to(device=device).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
-
-
-def _clip(components: Mapping[str, Any], device: torch.device, texts: list[str]) -> Tensor:
-    encoder = require_component(components, "text_encoder", "`pooled_prompt_embeds`")
-    ids = tokenize(components["tokenizer"], texts).input_ids.to(device)
-    return encoder(ids, output_hidden_states=False).pooler_output.to(encoder.dtype)  # (B, D)
-
-
-def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int) -> Tensor:
-    encoder = require_component(components, "text_encoder_2", "`prompt_embeds`")
-    ids = tokenize(components["tokenizer_2"], texts, length, what="T5").input_ids.to(device)
-    return encoder(ids, output_hidden_states=False)[0].to(encoder.dtype)  # (B, L, D)
 
 
 def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
@@ -241,6 +187,9 @@ FLUX = Family(
         "kontext": {"num_inference_steps": 28, "guidance_scale": 3.5},
         "control": {"num_inference_steps": 28, "guidance_scale": 3.5},
         "control_image2image": {"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.6},
+        "controlnet": {"num_inference_steps": 28, "guidance_scale": 7.0},
+        "controlnet_image2image": {"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.6},
+        "controlnet_inpaint": {"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.6},
         "control_inpaint": {"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.6},
     },
 )

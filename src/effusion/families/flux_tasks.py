@@ -14,6 +14,8 @@ from ..core import log
 from ..core.random import Generators
 from ..core.types import Cond
 from .base import read_image
+from .control import control_latents, control_pixels
+from .flux_controlnet import read_controlnet
 
 logger = log.get_logger(__name__)
 
@@ -77,21 +79,14 @@ def read_control(
     transformer, f = components[family.denoiser], family.latent_format(components)
     has, needs = transformer.config.in_channels, 2 * f.channels * family.packing**2
     if has != needs:
-        raise ValueError(f"this transformer takes {has} channels, a Control one takes {needs}; load a Control checkpoint")
+        raise ValueError(
+            f"this transformer takes {has} channels, a Control one takes {needs}; load a Control checkpoint"
+        )
     dtype = dtype_of(conds, transformer.dtype)
-    pixels = control_image
-    if not torch.is_tensor(control_image):
-        pixels = image_processor.preprocess(control_image, height=height, width=width)
-    repeats = batch if pixels.shape[0] == 1 else batch // pixels.shape[0]
-    pixels = pixels.repeat_interleave(repeats, dim=0).to(device=device, dtype=dtype)
+    pixels = control_pixels(control_image, image_processor, height, width, batch, device, dtype)
     if pixels.ndim != 4:
         return {"channels": pixels}  # packed latents
-    return {"channels": pack(encode_pixels(family, components["vae"], pixels, _only_first(generator)), family.packing)}
-
-
-def _only_first(generator: Generators) -> Generators:
-    """One generator samples the whole control batch, also where each picture has its own."""
-    return generator[0] if isinstance(generator, (list, tuple)) else generator
+    return {"channels": pack(control_latents(family, components["vae"], pixels, generator), family.packing)}
 
 
 def read_reference(
@@ -150,6 +145,7 @@ def _rows(*names: str) -> Any:
         "skip_mask_noise": inpaint.skip_mask_noise,
         "apply_mask": inpaint.apply_mask,
         "mask_channels": mask_channels,
+        "read_controlnet": read_controlnet,
     }
     return lambda family: [(n, family.schedule if n == "set_timesteps" else table[n]) for n in names]
 
@@ -161,5 +157,10 @@ FLUX_STARTS = {
     "control_image2image": _rows("read_image", "read_control", "set_timesteps", "start_image"),
     "control_inpaint": _rows(
         "read_image_and_mask", "skip_mask_noise", "read_control", "set_timesteps", "start_masked", "apply_mask"
+    ),
+    "controlnet": _rows("read_controlnet", "set_timesteps", "start_noise"),
+    "controlnet_image2image": _rows("read_image", "read_controlnet", "set_timesteps", "start_image"),
+    "controlnet_inpaint": _rows(
+        "read_image_and_mask", "read_controlnet", "set_timesteps", "start_masked", "skip_mask_noise", "apply_mask"
     ),
 }

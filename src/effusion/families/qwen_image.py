@@ -12,30 +12,17 @@ from torch import Tensor
 from ..blocks.decode import check_output_type
 from ..blocks.guiders import NormPreserving
 from ..blocks.latents import dtype_of, encode_pixels, match_batch, pack, start_from_noise
-from ..blocks.text import Prompt, as_list, check_prompts
+from ..blocks.text import Prompt, check_prompts, check_tokens
 from ..blocks.timesteps import check_strength
 from ..core import log
 from ..core.random import Generators
 from ..core.types import Cond, LatentFormat, ModelInput
 from . import flux
-from .base import Family, predict, require_component, setting
+from .base import Family, predict, setting
+from .qwen_image_text import MAX_TOKENS, encode
 
 logger = log.get_logger(__name__)
-MAX_TOKENS = 1024
 EDIT_AREA = 1024 * 1024  # pixels of the reference picture, and of the result unless a size is given
-
-# What the text encoder is asked, and how many of its first tokens are the question's own.
-DESCRIBE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-EDIT = (
-    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
-    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
-    "<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
-)
-DROP = {DESCRIBE: 34, EDIT: 64}
 
 
 def vae_format(vae: Any) -> LatentFormat:
@@ -70,8 +57,7 @@ def check(
     negative = negative_prompt is not None or negative_prompt_embeds is not None
     if negative:  # of any length: branches are evaluated in turn
         check_prompts(negative_prompt, negative_prompt_embeds)
-    if max_sequence_length is not None and max_sequence_length > MAX_TOKENS:
-        raise ValueError(f"`max_sequence_length` can't be over {MAX_TOKENS}, got {max_sequence_length}")
+    check_tokens(max_sequence_length, MAX_TOKENS)
     check_output_type(output_type)
     if strength is not None:
         check_strength(strength)
@@ -90,61 +76,9 @@ def _check_guidance(distilled: bool, scale: float | None) -> None:
     if distilled and scale is None:
         raise ValueError("this checkpoint is distilled for guidance: pass `guidance_scale`")
     if not distilled and scale is not None:
-        logger.warning("`guidance_scale` %s has no effect: this checkpoint is not distilled; see `true_cfg_scale`", scale)
-
-
-def encode(
-    components: Mapping[str, Any],
-    device: torch.device,
-    prompt: Prompt = None,
-    negative_prompt: Prompt = None,
-    prompt_embeds: Tensor | None = None,
-    prompt_embeds_mask: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds_mask: Tensor | None = None,
-    num_images_per_prompt: int = 1,
-    max_sequence_length: int = 512,
-    guide: bool = False,
-    prompt_image: Any = None,
-) -> dict[str, Any]:
-    """Last hidden states of the vision-language model for the prompt (and the reference picture), per branch."""
-
-    def branch(texts: Prompt, tokens: Tensor | None, mask: Tensor | None, count: int) -> Cond:
-        if tokens is None:
-            tokens, mask = _read(components, device, as_list(texts, count), prompt_image)
-            tokens, mask = tokens[:, :max_sequence_length], mask[:, :max_sequence_length]
-        if mask is not None and bool(mask.all()):
-            mask = None
-        return Cond(tokens=tokens, mask=mask)
-
-    positive = branch(prompt, prompt_embeds, prompt_embeds_mask, len(as_list(prompt)))
-    conds = {"positive": positive}
-    if guide:
-        assert positive.tokens is not None
-        count = positive.tokens.shape[0]
-        conds["negative"] = branch(negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask, count)
-    return {"conds": {k: c.map(lambda x: x.to(device)).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
-
-
-def _read(components: Mapping[str, Any], device: torch.device, texts: list[str], image: Any) -> tuple[Tensor, Tensor]:
-    """(B, L, D) and (B, L): the states of each text's own tokens, padded to the longest."""
-    encoder = require_component(components, "text_encoder", "`prompt_embeds` and `prompt_embeds_mask`")
-    template = DESCRIBE if image is None else EDIT
-    drop = DROP[template]
-    asked = [template.format(text) for text in texts]
-    if image is None:
-        length = MAX_TOKENS + drop
-        inputs = components["tokenizer"](asked, max_length=length, padding=True, truncation=True, return_tensors="pt")
-        more = {}
-    else:
-        inputs = components["processor"](text=asked, images=image, padding=True, return_tensors="pt")
-        more = {"pixel_values": inputs.pixel_values.to(device), "image_grid_thw": inputs.image_grid_thw.to(device)}
-    mask = inputs.attention_mask.to(device)
-    out = encoder(input_ids=inputs.input_ids.to(device), attention_mask=mask, output_hidden_states=True, **more)
-    rows = [states[keep.bool()][drop:] for states, keep in zip(out.hidden_states[-1], mask, strict=True)]
-    masks = [torch.ones(len(row), dtype=torch.long, device=device) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True).to(encoder.dtype), pad(masks, batch_first=True)
+        logger.warning(
+            "`guidance_scale` %s has no effect: this checkpoint is not distilled; see `true_cfg_scale`", scale
+        )
 
 
 def condition(

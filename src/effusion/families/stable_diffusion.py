@@ -46,9 +46,7 @@ def check(
     return {"batch": prompts * (num_images_per_prompt or 1), "height": height, "width": width, "guide": guide}
 
 
-def image_size(
-    family: Family, components: Mapping[str, Any], height: int | None, width: int | None
-) -> tuple[int, int]:
+def image_size(family: Family, components: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, int]:
     """Size in pixels: the caller's, or the size that the network was trained at.
 
     Raises:
@@ -92,7 +90,9 @@ def encode(
     if guide:
         if negative_prompt_embeds is None:
             texts = as_list(negative_prompt, count)
-            negative_prompt_embeds = clip_tokens(encoder, tokenizer, texts * (count // len(texts)), device, None, length)
+            negative_prompt_embeds = clip_tokens(
+                encoder, tokenizer, texts * (count // len(texts)), device, None, length
+            )
         conds["negative"] = Cond(tokens=negative_prompt_embeds)
     conds["positive"] = Cond(tokens=prompt_embeds)
     n = num_images_per_prompt or 1
@@ -100,7 +100,12 @@ def encode(
 
 
 def embed_guidance(
-    family: Family, components: Mapping[str, Any], device: torch.device, batch: int, latents: Tensor, guidance_scale: float
+    family: Family,
+    components: Mapping[str, Any],
+    device: torch.device,
+    batch: int,
+    latents: Tensor,
+    guidance_scale: float,
 ) -> dict[str, Any]:
     """The guidance scale as an input, for networks that were distilled to take it (LCM)."""
     dim = setting(components[family.denoiser], "time_cond_proj_dim")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..blocks.guiders import ClassifierFree, SkipLayer
-from ..blocks.text import Prompt, as_list, check_prompts, tokenize
+from ..blocks.text import Prompt, check_pooled, check_prompts, check_tokens
 from ..blocks.timesteps import retrieve_timesteps, start_at_strength
-from ..core.types import Cond, ModelInput
+from ..core.types import ModelInput
 from . import stable_diffusion as sd
 from .base import Family, predict, setting, with_channels
 from .flux import shift_of
+from .stable_diffusion_3_text import encode
 
-CLIP_TOKENS = 77
 MAX_TOKENS = 512
 
 
@@ -49,14 +49,8 @@ def check(
     for extra in (negative_prompt_2, negative_prompt_3):
         if extra is not None and negative_prompt_embeds is not None:
             raise ValueError("a negative prompt and `negative_prompt_embeds` were both given; give one of them")
-    for name, embeds, pooled in (
-        ("prompt_embeds", prompt_embeds, pooled_prompt_embeds),
-        ("negative_prompt_embeds", negative_prompt_embeds, negative_pooled_prompt_embeds),
-    ):
-        if embeds is not None and pooled is None:
-            raise ValueError(f"`{name}` was given without `{name.replace('prompt', 'pooled_prompt')}`; give both")
-    if max_sequence_length is not None and max_sequence_length > MAX_TOKENS:
-        raise ValueError(f"`max_sequence_length` can't be over {MAX_TOKENS}, got {max_sequence_length}")
+    check_pooled(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
+    check_tokens(max_sequence_length, MAX_TOKENS)
     found = sd.check(
         family, components, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, height, width, strength,
         guidance_scale, num_images_per_prompt, output_type, ip_adapter_image, ip_adapter_image_embeds,
@@ -65,83 +59,6 @@ def check(
     if found["height"] % side or found["width"] % side:
         raise ValueError(f"`height` and `width` have to be divisible by {side}, got {height} x {width}")
     return found
-
-
-def encode(
-    components: Mapping[str, Any],
-    device: torch.device,
-    prompt: Prompt = None,
-    prompt_2: Prompt = None,
-    prompt_3: Prompt = None,
-    negative_prompt: Prompt = None,
-    negative_prompt_2: Prompt = None,
-    negative_prompt_3: Prompt = None,
-    prompt_embeds: Tensor | None = None,
-    pooled_prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    negative_pooled_prompt_embeds: Tensor | None = None,
-    num_images_per_prompt: int = 1,
-    guide: bool = True,
-    clip_skip: int | None = None,
-    max_sequence_length: int = 256,
-) -> dict[str, Any]:
-    """CLIP states side by side, then T5's; and both CLIPs' pooled vectors. Any of the three encoders may be missing."""
-    if prompt_embeds is None:
-        texts = [prompt, prompt_2 or prompt, prompt_3 or prompt]
-        positive = _all_three(components, device, [as_list(t) for t in texts], clip_skip, max_sequence_length)
-    else:
-        positive = Cond(tokens=prompt_embeds, pooled=pooled_prompt_embeds)
-    conds = {"positive": positive}
-    if guide:
-        assert positive.tokens is not None
-        if negative_prompt_embeds is None:
-            first = negative_prompt or ""
-            texts = [first, negative_prompt_2 or first, negative_prompt_3 or first]
-            rows = [as_list(t, positive.tokens.shape[0]) for t in texts]
-            negative = _all_three(components, device, rows, None, max_sequence_length)
-        else:
-            negative = Cond(tokens=negative_prompt_embeds, pooled=negative_pooled_prompt_embeds)
-        conds = {"negative": negative, **conds}
-    return {"conds": {k: c.to(device=device).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
-
-
-def _all_three(
-    components: Mapping[str, Any], device: torch.device, texts: list[list[str]], clip_skip: int | None, length: int
-) -> Cond:
-    transformer, count = components["transformer"], len(texts[0])
-    width, pooled_width = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
-    states, pooled = [], []
-    for suffix, prompts in (("", texts[0]), ("_2", texts[1])):
-        encoder = components.get(f"text_encoder{suffix}")
-        if encoder is None:
-            states.append(None)
-            pooled.append(None)
-            continue
-        ids = tokenize(components[f"tokenizer{suffix}"], prompts, CLIP_TOKENS).input_ids.to(device)
-        out = encoder(ids, output_hidden_states=True)
-        states.append(out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)].to(encoder.dtype))
-        pooled.append(out[0])
-    vectors = _fill(pooled, pooled_width, (count,), transformer, device)
-    clip = _fill(states, pooled_width, (count, CLIP_TOKENS), transformer, device)
-    t5 = _t5(components, device, texts[2], length, width)
-    clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
-    return Cond(tokens=torch.cat([clip, t5], dim=-2), pooled=vectors)
-
-
-def _fill(parts: list[Any], width: int, shape: tuple[int, ...], like: Any, device: torch.device) -> Tensor:
-    """The parts side by side, zeros in place of a missing encoder's."""
-    here = sum(p.shape[-1] for p in parts if p is not None)
-    missing = sum(p is None for p in parts)
-    zeros = [torch.zeros(*shape, (width - here) // missing, dtype=like.dtype, device=device)] if missing else []
-    return torch.cat([zeros[0] if p is None else p for p in parts], dim=-1)
-
-
-def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int, width: int) -> Tensor:
-    encoder = components.get("text_encoder_3")
-    if encoder is None:
-        return torch.zeros(len(texts), length, width, dtype=components["transformer"].dtype, device=device)
-    ids = tokenize(components["tokenizer_3"], texts, length, what="T5", add_special_tokens=True).input_ids
-    return encoder(ids.to(device))[0].to(encoder.dtype)
 
 
 def set_timesteps(

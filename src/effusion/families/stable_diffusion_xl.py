@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks.text import Prompt, as_list, tokenize
+from ..blocks.text import Prompt, as_list, check_pooled, tokenize
 from ..core.types import Cond, ModelInput
 from . import stable_diffusion as sd
 from .base import Family, predict, setting, with_channels
@@ -45,12 +45,7 @@ def check(
     ):
         if text is not None and embeds is not None:
             raise ValueError(f"both `{name}` and `{name[:-2]}_embeds` were given; give one of them")
-    for name, embeds, pooled in (
-        ("prompt_embeds", prompt_embeds, pooled_prompt_embeds),
-        ("negative_prompt_embeds", negative_prompt_embeds, negative_pooled_prompt_embeds),
-    ):
-        if embeds is not None and pooled is None:
-            raise ValueError(f"`{name}` was given without `{name.replace('prompt', 'pooled_prompt')}`; give both")
+    check_pooled(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
     for name, fraction in (("denoising_start", denoising_start), ("denoising_end", denoising_end)):
         if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
             raise ValueError(f"`{name}` has to be a float between 0 and 1, got {fraction!r}")

@@ -18,7 +18,7 @@ from ..core.config import ConfigMixin
 from ..core.types import State, Step
 from ..families.base import Family
 from ..placement.pipeline_switches import PipelineSwitches
-from . import loading
+from . import loading, single_file
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
 
@@ -107,6 +107,15 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
         loading.save_pipeline(self, save_directory, **kwargs)
 
     @classmethod
+    def from_single_file(cls: type[Self], pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:
+        """Load a pipeline out of one file in its original layout; see :func:`~.single_file.load_single`."""
+        return single_file.load_single(cls, pretrained_model_link_or_path, **kwargs)  # type: ignore[no-any-return]
+
+    def save_single_file(self, path: str | os.PathLike[str], **metadata: str) -> None:
+        """Write the networks into one file in the original layout; see :func:`~.single_file.save_single`."""
+        single_file.save_single(self, path, **metadata)
+
+    @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
         """Fetch what a pipeline needs into the cache and return the folder."""
         return str(loading.download(pretrained_model_name, **kwargs))
@@ -122,7 +131,9 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
         names, theirs = component_names(cls), pipeline.components
         shared = {k: v for k, v in theirs.items() if k in names}
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        settings = {p.name: pipeline.config[p.name] for p in parameters if p.name not in names and p.name in pipeline.config}
+        settings = {
+            p.name: pipeline.config[p.name] for p in parameters if p.name not in names and p.name in pipeline.config
+        }
         given = {**shared, **settings, **kwargs}
         unknown = sorted(set(given) - {p.name for p in parameters})
         missing = sorted(set(names) - set(given) - set(cls._optional_components))
@@ -329,4 +340,11 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
         return self._interrupt
 
 
-_LIVE = ("guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "denoising_start", "denoising_end")
+_LIVE = (
+    "guidance_scale",
+    "guidance_rescale",
+    "clip_skip",
+    "cross_attention_kwargs",
+    "denoising_start",
+    "denoising_end",
+)

@@ -23,6 +23,9 @@ _RENAMED = {"w_embedding": "guidance"}
 _MASKS = ("mask", "masked_image_latents")  # once for each branch of guidance, like the conditioning
 
 
+Tensors = dict[str, Any]  # by their names in `callback_on_step_end_tensor_inputs`
+
+
 class PipelineCallback:
     """Base of official callbacks: subclass, set ``tensor_inputs``, write ``callback_fn``.
 
@@ -47,10 +50,14 @@ class PipelineCallback:
         assert self.cutoff_step_ratio is not None
         return int(pipeline.num_timesteps * self.cutoff_step_ratio)
 
-    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         raise NotImplementedError(f"{type(self).__name__} has to define `callback_fn`")
 
-    def __call__(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         return self.callback_fn(pipeline, step_index, timestep, callback_kwargs)
 
 
@@ -64,7 +71,9 @@ class MultiPipelineCallbacks:
     def tensor_inputs(self) -> list[str]:
         return [name for callback in self.callbacks for name in callback.tensor_inputs]
 
-    def __call__(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         for callback in self.callbacks:
             callback_kwargs = callback(pipeline, step_index, timestep, callback_kwargs)
         return callback_kwargs
@@ -75,7 +84,9 @@ class SDCFGCutoffCallback(PipelineCallback):
 
     tensor_inputs: Sequence[str] = ("prompt_embeds",)
 
-    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         if step_index == self.cutoff(pipeline):
             pipeline._guidance_scale = 0.0
             for name in self.tensor_inputs:
@@ -103,7 +114,10 @@ def read_tensor(state: State, name: str) -> Any:
 
 
 def write_tensors(state: State, given: dict[str, Any], returned: dict[str, Any]) -> None:
-    """Put back what a callback returned in place of what it was given; tensors cut down to one branch end the guidance."""
+    """Put back what a callback returned in place of what it was given.
+
+    Tensors cut down to one branch end the guidance.
+    """
     for name, value in returned.items():
         if value is given.get(name):
             continue

@@ -39,6 +39,11 @@ FACES: dict[str, dict[str, str]] = {
     },
     "flux-kontext": {"text2image": "FluxKontextPipeline", "image2image": "FluxKontextPipeline"},
     "flux-fill": {"inpaint": "FluxFillPipeline"},
+    "flux-controlnet": {
+        "text2image": "FluxControlNetPipeline",
+        "image2image": "FluxControlNetImg2ImgPipeline",
+        "inpaint": "FluxControlNetInpaintPipeline",
+    },
     "flux-control": {
         "text2image": "FluxControlPipeline",
         "image2image": "FluxControlImg2ImgPipeline",

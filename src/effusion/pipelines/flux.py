@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import flux
+from ..families import flux, flux_text
 from .base import DiffusionPipeline
 from .outputs import FluxPipelineOutput
 
@@ -46,7 +46,7 @@ class FluxBase(DiffusionPipeline):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """T5 tokens (B, L, D), CLIP's pooled vectors (B, D) and the positions of the tokens (L, 3)."""
         with torch.no_grad():
-            positive = flux.encode(
+            positive = flux_text.encode(
                 self.components, torch.device(device or self._execution_device), prompt, prompt_2,
                 prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
                 num_images_per_prompt=num_images_per_prompt, max_sequence_length=max_sequence_length,

@@ -38,7 +38,9 @@ def prepare_foreign(cls: Any, folder: Path, options: LoadOptions) -> Any:
     )
     if raw.get("quantization_config"):
         return Fallback(cls, folder, options)
-    model = _skeleton(cls, folder)
+    config = cls.config_class.from_pretrained(folder)
+    config._name_or_path = str(folder)
+    model = _skeleton(cls, config, str(folder))
     fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES)
     if fitted is None or (options.dtype != torch.float32 and _computed_floats(model)):
         return Fallback(cls, folder, options)
@@ -51,10 +53,20 @@ def _computed_floats(model: torch.nn.Module) -> list[str]:
     return [n for n, b in model.named_buffers() if n not in saved and b.is_floating_point()]
 
 
-def _skeleton(cls: Any, folder: Path) -> Any:
-    config = cls.config_class.from_pretrained(folder)
-    config._name_or_path = str(folder)
-    with building(cls, str(folder)):
+def prepare_from(cls: Any, config: Any, checkpoint: Checkpoint, options: LoadOptions) -> Any:
+    """A network of transformers from a configuration (dictionary or folder) and weights under its names.
+
+    Raises:
+        CheckpointError: they do not fit each other.
+    """
+    make = cls.config_class.from_dict if isinstance(config, dict) else cls.config_class.from_pretrained
+    model = _skeleton(cls, make(config), checkpoint.label)
+    fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES) or checkpoint
+    return ForeignPrepared.of_model(cls, model, fitted, options)
+
+
+def _skeleton(cls: Any, config: Any, label: str) -> Any:
+    with building(cls, label):
         model = cls(config)
         model.tie_weights()
     return model

@@ -49,3 +49,11 @@ class QwenImagePipelineOutput(BaseOutput):
     """Pictures: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or packed latents."""
 
     images: Any
+
+
+@dataclass
+class FluxPriorReduxPipelineOutput(BaseOutput):
+    """A prompt made of pictures: tokens (B, L, D) and the pooled vector (B, D)."""
+
+    prompt_embeds: Any
+    pooled_prompt_embeds: Any

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import qwen_image
+from ..families import qwen_image, qwen_image_text
 from .base import DiffusionPipeline
 from .outputs import QwenImagePipelineOutput
 
@@ -34,13 +34,15 @@ class QwenImageBase(DiffusionPipeline):
         max_sequence_length: int = 1024,
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, L, D) and their mask (B, L), which is ``None`` if all of them are text."""
-        return self._encode(prompt, device, num_images_per_prompt, prompt_embeds, prompt_embeds_mask, max_sequence_length)
+        return self._encode(
+            prompt, device, num_images_per_prompt, prompt_embeds, prompt_embeds_mask, max_sequence_length
+        )
 
     def _encode(
         self, prompt: Any, device: Any, count: int, embeds: Any, mask: Any, length: int, image: Any = None
     ) -> tuple[Any, Any]:
         with torch.no_grad():
-            positive = qwen_image.encode(
+            positive = qwen_image_text.encode(
                 self.components, torch.device(device or self._execution_device), prompt, None, embeds, mask,
                 num_images_per_prompt=count, max_sequence_length=length, prompt_image=image,
             )["conds"]["positive"]  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..families import stable_diffusion_3 as sd3
+from ..families.stable_diffusion_3_text import encode
 from .base import DiffusionPipeline
 from .outputs import StableDiffusion3PipelineOutput
 
@@ -59,7 +60,7 @@ class StableDiffusion3Base(DiffusionPipeline):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Prompt, negative prompt (B, L, D each), and the pooled vectors of both (B, D each)."""
         with torch.no_grad():
-            conds = sd3.encode(
+            conds = encode(
                 self.components, torch.device(device or self._execution_device), prompt, prompt_2, prompt_3,
                 negative_prompt, negative_prompt_2, negative_prompt_3, prompt_embeds, pooled_prompt_embeds,
                 negative_prompt_embeds, negative_pooled_prompt_embeds, num_images_per_prompt,

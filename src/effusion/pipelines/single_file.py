@@ -1,0 +1,230 @@
+"""Pipelines in one file, and ``load``: anything, recognised by what is in it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..core import hub, log, registry
+from ..core.config import read_json
+from ..core.errors import CheckpointError, MissingFile
+from ..models.auto_model import AutoModel
+from ..weights import recognise, single_file
+from ..weights.checkpoint import Checkpoint
+from ..weights.prepare import Prepared
+from . import loading
+from .components import component_names
+from .foreign import native_class, prepare_from
+
+logger = log.get_logger(__name__)
+INDEX = loading.INDEX
+# where the tokenizers of a family are, which no single file carries
+_HOMES = {
+    "Stable Diffusion 1.x": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "Stable Diffusion 2.x": "stabilityai/stable-diffusion-2-1",
+    "Stable Diffusion XL": "stabilityai/stable-diffusion-xl-base-1.0",
+    "Stable Diffusion XL refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
+}
+_DEPRECATED = ("load_safety_checker", "scheduler_type", "num_in_channels", "extract_ema", "upcast_attention")
+
+
+def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
+    """Load a pipeline out of one file in its original layout.
+
+    Args:
+        source: a file, a link to one on the hub, or a dictionary of tensors.
+        kwargs: ``config``, a folder or repository to take configurations, scheduler and tokenizers from (else they
+            are read off the tensors and our tables; tokenizers come from the family's home on the hub);
+            ``original_config`` is accepted; loading options as for ``from_pretrained``; components by name.
+
+    Raises:
+        CheckpointError: the file is something else (says what), or lacks a component that nothing gives.
+    """
+    for name in ("original_config", "original_config_file", *_DEPRECATED):
+        kwargs.pop(name, None)
+    home = kwargs.pop("config", None)
+    options = loading.PipelineOptions.take(kwargs)
+    checkpoint = single_file.open_source(source, **options.base.where)
+    verdict = recognise.recognise(checkpoint)
+    if verdict.kind != "pipeline" or verdict.pipeline is None:
+        raise CheckpointError(f"{checkpoint.label} is no pipeline; it is {verdict.describe()}")
+    if cls.__name__ == "DiffusionPipeline":
+        cls = registry.find_class("diffusers", verdict.pipeline)
+    loading._check_arguments(cls, kwargs, options)
+    folder = _home(home, options) if home is not None else None
+    parts = {n: p for n, p in verdict.parts.items() if n in component_names(cls) and n not in kwargs}
+    rest = _companions(cls, verdict, folder, options, {*parts, *kwargs})
+    prepared = {n: _prepare(n, p, checkpoint, folder, options) for n, p in parts.items()}
+    parameters = inspect.signature(cls.__init__).parameters
+    given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
+    pipe = cls(**{**given, **loading._build(prepared)})
+    return loading._place(pipe, options)
+
+
+def _home(home: Any, options: loading.PipelineOptions) -> Path:
+    """The folder with configurations; of a repository only the small files are fetched."""
+    if Path(home).is_dir():
+        return Path(home)
+    where = {k: v for k, v in options.base.where.items() if k != "subfolder"}
+    index = hub.resolve_file(str(home), INDEX, **where)
+    if where.get("local_files_only"):
+        return index.parent
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*.txt"]
+    return hub.snapshot(str(home), patterns, literal=False, **{**where, "revision": hub.commit_of(index)})
+
+
+def _prepare(
+    name: str, part: recognise.Part, checkpoint: Checkpoint, folder: Path | None, options: loading.PipelineOptions
+) -> Any:
+    """One component of the file, checked against its configuration."""
+    config: Any = dict(part.config)
+    if folder is not None and (folder / name / "config.json").is_file():
+        config = read_json(folder / name / "config.json")
+    own = replace(options.for_component(name, None), where={})
+    library_class = native_class(part.class_name, Path()) if part.library == "transformers" else None
+    cls = library_class or registry.find_class(part.library, part.class_name)
+    if hasattr(cls, "_prepare"):
+        return Prepared.of(cls, config, part.read(checkpoint), own, None, checkpoint.label)
+    return prepare_from(cls, config, part.read(checkpoint), own)
+
+
+def _companions(
+    cls: Any, verdict: recognise.Verdict, folder: Path | None, options: loading.PipelineOptions, there: set[str]
+) -> dict[str, Any]:
+    """What the file does not carry: scheduler and tokenizers, and ``None`` for optional components."""
+    found: dict[str, Any] = {}
+    for name in component_names(cls):
+        if name in there:
+            continue
+        if name == "scheduler":
+            found[name] = _scheduler(verdict, folder)
+        elif name.startswith("tokenizer"):
+            found[name] = _tokenizer(name, verdict, folder, options)
+        elif name in cls._optional_components:
+            found[name] = None
+    lacking = [n for n in component_names(cls) if n not in there and n not in found]
+    if lacking:
+        raise CheckpointError(f"{verdict.describe()}; {cls.__name__} needs {lacking} too: pass them, or `config=`")
+    return found
+
+
+def _scheduler(verdict: recognise.Verdict, folder: Path | None) -> Any:
+    config = dict(verdict.settings["scheduler"])
+    if folder is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+    return registry.find_class("diffusers", config["_class_name"]).from_config(config)
+
+
+def _tokenizer(name: str, verdict: recognise.Verdict, folder: Path | None, options: loading.PipelineOptions) -> Any:
+    root = folder / name if folder is not None else None
+    if root is None or not root.is_dir():
+        home, where = _HOMES[verdict.name], {k: v for k, v in options.base.where.items() if k in ("token", "cache_dir")}
+        local = bool(options.base.where.get("local_files_only"))
+        try:
+            root = hub.snapshot(home, [f"{name}/*"], literal=False, local_files_only=local, **where) / name
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"no single file carries its {name}, and {home} could not be asked for it: pass `{name}=`, or "
+                f"`config=` with a folder of {verdict.name} ({error})"
+            ) from error
+    cls = native_class("CLIPTokenizer", root) or registry.find_class("transformers", "CLIPTokenizer")
+    return cls.from_pretrained(root)
+
+
+# -- saving --------------------------------------------------------------------------------------
+
+_CLASSIC = (("unet", "model.diffusion_model.", "network"), ("vae", "first_stage_model.", "network"))
+_TEXT = {
+    "clip": (("text_encoder", "cond_stage_model.transformer.", "clip"),),
+    "open_clip": (("text_encoder", "cond_stage_model.model.", "open_clip"),),
+    "xl": (
+        ("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
+        ("text_encoder_2", "conditioner.embedders.1.model.", "open_clip"),
+    ),
+    "refiner": (("text_encoder_2", "conditioner.embedders.0.model.", "open_clip"),),
+}
+
+
+def save_single(pipe: Any, path: str | os.PathLike[str], **metadata: str) -> None:
+    """Write networks and text encoders of a Stable Diffusion pipeline into one file in the original layout.
+
+    Raises:
+        ValueError: a pipeline of another family.
+    """
+    components = pipe.components
+    if "unet" not in components or "vae" not in components:
+        raise ValueError(f"{type(pipe).__name__} has no single-file layout that is known here; use `save_pretrained`")
+    if components.get("text_encoder_2") is not None:
+        kind = "refiner" if components.get("text_encoder") is None else "xl"
+    else:
+        kind = "open_clip" if components["unet"].config.use_linear_projection else "clip"
+    state = single_file.pipeline_state(components, (*_CLASSIC, *_TEXT[kind]))
+    single_file.write_single(path, state, metadata)
+
+
+# -- anything ------------------------------------------------------------------------------------
+
+
+def load(source: single_file.Source, **kwargs: Any) -> Any:
+    """Load anything: a pipeline's folder or repository, one network, or a single file, recognised by its content.
+
+    Args:
+        source: a folder, a repository (``owner/name``), a file, a link to a file on the hub.
+        kwargs: what the ``from_pretrained`` or ``from_single_file`` that fits takes.
+
+    Returns:
+        A pipeline or a network.
+
+    Raises:
+        CheckpointError: it is something that can't stand alone (a LoRA, an embedding), or unknown: says what.
+    """
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if path.is_dir():
+            return _load_folder(path, **kwargs)
+        if not path.is_file() and str(source).count("/") <= 1 and "://" not in str(source):
+            return _load_repository(str(source), **kwargs)
+    where, _ = hub.split_location(kwargs)
+    checkpoint = single_file.open_source(source, **where)
+    verdict = recognise.recognise(checkpoint)
+    if verdict.kind == "pipeline" and verdict.pipeline is not None:
+        return load_single(registry.find_class("diffusers", verdict.pipeline), source, **kwargs)
+    if verdict.kind == "model" and len(verdict.parts) == 1:
+        part = next(iter(verdict.parts.values()))
+        return registry.find_class(part.library, part.class_name).from_single_file(source, **kwargs)
+    raise CheckpointError(f"{checkpoint.label} is {verdict.describe()}")
+
+
+def _load_folder(folder: Path, **kwargs: Any) -> Any:
+    if kwargs.get("subfolder") is None and (folder / INDEX).is_file():
+        return loading.load_pipeline(registry.find_class("diffusers", "DiffusionPipeline"), folder, **kwargs)
+    inside = folder / (kwargs.get("subfolder") or "")
+    if (inside / "config.json").is_file():
+        return AutoModel.from_pretrained(folder, **kwargs)
+    if (inside / "scheduler_config.json").is_file():
+        name = read_json(inside / "scheduler_config.json").get("_class_name")
+        return registry.find_class("diffusers", str(name)).from_pretrained(inside)
+    files = sorted(p for p in inside.iterdir() if p.suffix in (".safetensors", ".ckpt", ".pt", ".bin"))
+    if len(files) == 1:
+        return load(files[0], **kwargs)
+    raise MissingFile(
+        f"{folder} has neither {INDEX} nor config.json; its weights are {[p.name for p in files]}: name one"
+    )
+
+
+def _load_repository(repo: str, **kwargs: Any) -> Any:
+    where, _ = hub.split_location(kwargs)
+    where.pop("subfolder", None)
+    if kwargs.get("subfolder") is None and hub.try_file(repo, INDEX, **where) is not None:
+        return loading.load_pipeline(registry.find_class("diffusers", "DiffusionPipeline"), repo, **kwargs)
+    if hub.try_file(repo, "config.json", **where, subfolder=kwargs.get("subfolder")) is not None:
+        return AutoModel.from_pretrained(repo, **kwargs)
+    _, names = hub.repo_files(repo, revision=where.get("revision"), token=where.get("token"))
+    files = [n for n in names if n.endswith((".safetensors", ".ckpt", ".pt", ".bin"))]
+    if len(files) == 1:
+        return load(f"{repo}/{files[0]}", **kwargs)
+    raise MissingFile(f"{repo} has neither {INDEX} nor config.json; name one of its files: {files[:10]}")
