@@ -30,7 +30,7 @@ def default_device(gpu_id: int | None = None, device: torch.device | str | None 
                 f"gpu_id={gpu_id}: this machine has no accelerator; leave gpu_id out to compute on the CPU"
             )
         return check_device(torch.device(kind, index if index is not None else 0) if kind != "cpu" else "cpu")
-    wanted = torch.device(device)
+    wanted = _named(device)
     if gpu_id is not None and wanted.index is not None and wanted.index != gpu_id:
         raise ValueError(f"gpu_id={gpu_id} and device={str(device)!r} name different devices; give one of them")
     return check_device(torch.device(wanted.type, gpu_id) if gpu_id is not None else wanted)
@@ -45,14 +45,16 @@ def accelerator_kind() -> str | None:
     return "mps" if torch.backends.mps.is_available() else None
 
 
-def check_device(device: torch.device | str | int) -> torch.device:
-    """``device`` with its index filled in; :class:`ValueError` if this machine has no such device."""
+def _named(device: torch.device | str | int) -> torch.device:
     try:
-        found = (
-            torch.device(device) if not isinstance(device, int) else torch.device(accelerator_kind() or "cuda", device)
-        )
+        return torch.device(accelerator_kind() or "cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"{device!r} is no device: {str(error).splitlines()[0]}") from None
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
+    """``device`` with its index filled in; :class:`ValueError` if this machine has no such device."""
+    found = _named(device)
     if found.type in ("cpu", "meta"):
         return torch.device(found.type)
     count = device_count(found.type)
