@@ -48,8 +48,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def repositories(hub: Any, machine: Path) -> Any:
-    """The repositories that the snippets name, on a hub on the loopback."""
+def repositories(hub: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The repositories that the snippets name, on a hub on the loopback, and a token for `use_auth_token=True`."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     sd = standins.stable_diffusion()
     for name in (
         "runwayml/stable-diffusion-v1-5",

@@ -29,7 +29,7 @@ def _vae() -> diffusers.AutoencoderKL:
     """Eight pixels per latent, as the published ones."""
     torch.manual_seed(1)
     return diffusers.AutoencoderKL(
-        block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, sample_size=32,
+        block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=4, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     ).eval()  # fmt: skip
 
@@ -37,7 +37,7 @@ def _vae() -> diffusers.AutoencoderKL:
 def _unet(cross: int, **options: Any) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(2)
     return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4, attention_head_dim=4,
+        block_out_channels=(4, 4, 8), layers_per_block=1, sample_size=8, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=cross,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), **options,
     ).eval()  # fmt: skip

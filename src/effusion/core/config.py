@@ -144,12 +144,11 @@ class ConfigMixin:
         own = cls._init_names() - set(cls.ignore_for_config)
         defaults_there = set(config.get("_use_default_values", ()))
         stored = {k: v for k, v in config.items() if k not in defaults_there and k != "_use_default_values"}
-        foreign = cls._names_of_origin(stored.get("_class_name")) - own
         public = {k: v for k, v in stored.items() if not k.startswith("_")}
         init = {k: v for k, v in {**public, **kwargs}.items() if k in own}
         unused = {k: v for k, v in kwargs.items() if k not in own}
         hidden = {k: v for k, v in public.items() if k not in init}
-        strange = sorted(set(hidden) - foreign)
+        strange = sorted(set(hidden) - cls._names_of_origin(stored.get("_class_name"))) if hidden else []
         if strange:
             logger.warning("%s: unknown configuration entries %s are kept but have no effect", cls.__name__, strange)
         return init, unused, hidden
@@ -162,11 +161,12 @@ class ConfigMixin:
 
     @classmethod
     def _names_of_origin(cls, class_name: Any) -> set[str]:
-        """Arguments of the compatible class that wrote a configuration; unknown to us, but no surprise."""
-        if not isinstance(class_name, str) or class_name == cls.__name__ or not cls.has_compatibles:
+        """Arguments of the compatible class that wrote a configuration, or of all; unknown to us, but no surprise."""
+        if class_name == cls.__name__ or not cls.has_compatibles:
             return set()
-        origin = next((c for c in cls._get_compatibles() if c.__name__ == class_name), None)
-        return origin._init_names() if origin else set()
+        compatibles = cls._get_compatibles()
+        origins = [c for c in compatibles if class_name in (None, c.__name__)]
+        return {name for origin in origins for name in origin._init_names()}
 
     @classmethod
     def _get_compatibles(cls) -> list[type[ConfigMixin]]:
