@@ -45,5 +45,7 @@ def export(run: Path, folder: Path) -> None:
     assemble(run).to(torch.float16).save_pretrained(beside)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(run / "tokenizer" / name, beside / "tokenizer" / name)
+    for file in beside.glob("*/*"):
+        file.chmod(0o644)  # some writers keep weights to their owner; a package is for all to read
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
