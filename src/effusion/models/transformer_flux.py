@@ -14,7 +14,7 @@ from ..core.config import register_to_config
 from ..nn import checkpointing
 from ..nn.attention import AttentionMixin
 from ..nn.embeddings import CombinedTimestepGuidanceTextProjEmbeddings, CombinedTimestepTextProjEmbeddings
-from ..nn.feed_forward import FeedForward
+from ..nn.feed_forward import FeedForward, gelu_beside
 from ..nn.joint_attention import JointAttention
 from ..nn.modulation import AdaLayerNormContinuous, AdaLayerNormZero, add_gated, modulate
 from ..nn.rotary import AxialRotary
@@ -67,7 +67,6 @@ class FluxSingleTransformerBlock(nn.Module):
         inner = int(dim * mlp_ratio)
         self.norm = AdaLayerNormZero(dim, parts=3)
         self.proj_mlp = nn.Linear(dim, inner)
-        self.act_mlp = nn.GELU(approximate="tanh")
         self.proj_out = nn.Linear(dim + inner, dim)
         self.attn = JointAttention(dim, num_attention_heads, attention_head_dim, project_out=False)
 
@@ -81,7 +80,7 @@ class FluxSingleTransformerBlock(nn.Module):
         """``(B, L_text + L, D), (B, D)`` -> all tokens."""
         x, gate = self.norm(hidden_states, temb)
         attention = self.attn(x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        x = self.proj_out(torch.cat((attention, self.act_mlp(self.proj_mlp(x))), dim=2))
+        x = self.proj_out(gelu_beside(attention, self.proj_mlp(x)))
         return _within_half(add_gated(hidden_states, gate, x))
 
 

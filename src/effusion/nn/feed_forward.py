@@ -39,7 +39,21 @@ class GELU(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
+        x = self.proj(x)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.gelu(x, approximate=self.approximate)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)  # type: ignore[no-any-return]  # x is nobody else's
+
+
+def gelu_beside(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` and behind it the tanh-approximate GELU of ``y`` as one tensor: ``(…, D), (…, E) -> (…, D + E)``."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat((x, F.gelu(y, approximate="tanh")), dim=-1)
+    width = x.shape[-1]
+    both = y.new_empty(*y.shape[:-1], width + y.shape[-1])
+    both[..., :width] = x
+    torch.ops.aten.gelu.out(y, approximate="tanh", out=both[..., width:])
+    return both
 
 
 class ApproximateGELU(nn.Module):
