@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from docs.facts import faces
+
 from effusion.families import FAMILIES, family
 from effusion.families.base import TASKS
-
-from docs.facts import faces
 
 PAGE = Path(__file__).with_name("families.md")
 

@@ -72,7 +72,7 @@ def flux_controlnet(folder: Path, union: bool = False, several: bool = False) ->
                 pooled_projection_dim=32,
                 axes_dims_rope=(4, 4, 8),
                 num_mode=3 if union else None,
-            )  # fmt: skip
+            )
         )
         for _ in range(2 if several else 1)
     ]

@@ -68,7 +68,7 @@ def check_safety(
         return pixels, None
     pictures = image_processor.postprocess(pixels, output_type="pil")
     seen = components["feature_extractor"](pictures, return_tensors="pt").to(device)
-    return checker(images=pixels, clip_input=seen.pixel_values.to(dtype))
+    return checker(images=pixels, clip_input=seen.pixel_values.to(dtype))  # type: ignore[no-any-return]
 
 
 def paste_back(

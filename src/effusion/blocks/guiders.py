@@ -60,7 +60,7 @@ class NormPreserving(ClassifierFree):
             return predict([conds["positive"]])[0]
         positive, negative = predict([conds["positive"], conds["negative"]])
         guided = negative + self.scale * (positive - negative)
-        return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))  # type: ignore[no-any-return]
 
 
 def rescale_noise(guided: Tensor, positive: Tensor, amount: float) -> Tensor:

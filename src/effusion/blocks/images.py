@@ -271,7 +271,7 @@ class VaeImageProcessor(ConfigMixin):
             if self.config.do_convert_grayscale and tensor.ndim == 3:
                 tensor = tensor.unsqueeze(1)
             if tensor.shape[1] == self.config.vae_latent_channels:
-                return tensor
+                return tensor  # type: ignore[no-any-return]
             tensor = self._fit(tensor, height, width)
         if self.config.do_normalize:
             if tensor.min() < 0:

@@ -49,8 +49,8 @@ def retrieve_latents(encoded: Any, generator: torch.Generator | None = None, sam
     """The latents in what ``vae.encode`` returned: a sample or the mode of its distribution."""
     if hasattr(encoded, "latent_dist"):
         dist = encoded.latent_dist
-        return dist.mode() if sample_mode == "argmax" else dist.sample(generator)
-    return encoded.latents if hasattr(encoded, "latents") else encoded[0]
+        return dist.mode() if sample_mode == "argmax" else dist.sample(generator)  # type: ignore[no-any-return]
+    return encoded.latents if hasattr(encoded, "latents") else encoded[0]  # type: ignore[no-any-return]
 
 
 def encode_pixels(family: Any, vae: Any, pixels: Tensor, generator: Generators, mode: str = "sample") -> Tensor:
@@ -69,9 +69,10 @@ def encode_pixels(family: Any, vae: Any, pixels: Tensor, generator: Generators, 
             parts = [retrieve_latents(vae.encode(x[i : i + 1]), generator[i], mode) for i in range(x.shape[0])]
             z = torch.cat(parts, dim=0)
         else:
+            assert generator is None or isinstance(generator, torch.Generator)
             z = retrieve_latents(vae.encode(x), generator, mode)
     z = f.normalize(z.to(pixels.dtype))
-    return z.squeeze(2) if f.frames else z
+    return z.squeeze(2) if f.frames else z  # type: ignore[no-any-return]
 
 
 def decode_to_pixels(family: Any, vae: Any, latents: Tensor, **condition: Any) -> Tensor:
@@ -82,7 +83,7 @@ def decode_to_pixels(family: Any, vae: Any, latents: Tensor, **condition: Any) -
         f, z = family.format(vae), latents.to(vae.dtype)
         z = f.denormalize(z.unsqueeze(2) if f.frames else z)
         pixels = vae.decode(z, return_dict=False, **condition)[0]
-        return pixels[:, :, 0] if f.frames else pixels
+        return pixels[:, :, 0] if f.frames else pixels  # type: ignore[no-any-return]
 
 
 def pack(z: Tensor, side: int) -> Tensor:

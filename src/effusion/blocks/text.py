@@ -44,10 +44,10 @@ def clip_tokens(
     mask = tokens.attention_mask.to(device) if use_mask else None
     ids = tokens.input_ids.to(device)
     if clip_skip is None:
-        return text_encoder(ids, attention_mask=mask)[0]
+        return text_encoder(ids, attention_mask=mask)[0]  # type: ignore[no-any-return]
     hidden = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
     norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
-    return norm(hidden)
+    return norm(hidden)  # type: ignore[no-any-return]
 
 
 def check_prompts(

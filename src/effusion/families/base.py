@@ -118,9 +118,9 @@ def predict(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Call a network with those ``kwargs`` that are set; a stand-in need not know ``return_dict``."""
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     if hasattr(model, "config"):
-        return model(*args, **kwargs, return_dict=False)[0]
+        return model(*args, **kwargs, return_dict=False)[0]  # type: ignore[no-any-return]
     answer = model(*args, **kwargs)
-    return answer.sample if hasattr(answer, "sample") else answer[0]
+    return answer.sample if hasattr(answer, "sample") else answer[0]  # type: ignore[no-any-return]
 
 
 def with_channels(inputs: ModelInput) -> Tensor:

@@ -71,7 +71,7 @@ def control_of(
     for first, last in zip(lists[1], lists[2], strict=True):
         if not 0 <= first < last <= 1:
             raise ValueError(f"a control network can't act from {first} to {last}; give 0 <= start < end <= 1")
-    return Control(call, *lists, several=several, once=once)
+    return Control(call, lists[0], lists[1], lists[2], several=several, once=once)
 
 
 def control_pixels(

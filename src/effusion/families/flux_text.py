@@ -51,10 +51,10 @@ def encode(
 def _clip(components: Mapping[str, Any], device: torch.device, texts: list[str]) -> Tensor:
     encoder = require_component(components, "text_encoder", "`pooled_prompt_embeds`")
     ids = tokenize(components["tokenizer"], texts).input_ids.to(device)
-    return encoder(ids, output_hidden_states=False).pooler_output.to(encoder.dtype)  # (B, D)
+    return encoder(ids, output_hidden_states=False).pooler_output.to(encoder.dtype)  # (B, D)  # type: ignore[no-any-return]
 
 
 def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int) -> Tensor:
     encoder = require_component(components, "text_encoder_2", "`prompt_embeds`")
     ids = tokenize(components["tokenizer_2"], texts, length, what="T5").input_ids.to(device)
-    return encoder(ids, output_hidden_states=False)[0].to(encoder.dtype)  # (B, L, D)
+    return encoder(ids, output_hidden_states=False)[0].to(encoder.dtype)  # (B, L, D)  # type: ignore[no-any-return]

@@ -133,10 +133,10 @@ def condition(
     made = {}
     for name, cond in conds.items():
         assert cond.tokens is not None
-        like = {"device": device, "dtype": cond.tokens.dtype}
+        dtype = cond.tokens.dtype
         extras = {
-            "resolution": torch.tensor([height, width], **like).repeat(batch, 1),
-            "aspect_ratio": torch.tensor([float(height / width)], **like).repeat(batch, 1),
+            "resolution": torch.tensor([height, width], device=device, dtype=dtype).repeat(batch, 1),
+            "aspect_ratio": torch.tensor([height / width], device=device, dtype=dtype).repeat(batch, 1),
         }
         made[name] = Cond(cond.tokens, None, cond.mask, extras)
     return {"conds": made}

@@ -97,7 +97,7 @@ def condition(
     shapes = [(1, height // side, width // side)]
     shapes += [reference_shape] if reference_shape else []
     made: dict[str, Any] = {"positions": {"img_shapes": [shapes] * batch}, "guider": NormPreserving(true_cfg_scale)}
-    if setting(components[family.denoiser], "guidance_embeds", False):
+    if guidance_scale is not None and setting(components[family.denoiser], "guidance_embeds", False):
         made["guidance"] = torch.full([batch], guidance_scale, device=device, dtype=torch.float32)
     return made
 

@@ -74,7 +74,7 @@ def set_timesteps(
     mu: float | None = None,
 ) -> dict[str, Any]:
     """Flow times; shifted with the size of the picture when the scheduler says so."""
-    options = {}
+    options: dict[str, Any] = {}
     if scheduler.config.get("use_dynamic_shifting", False):
         side = family.latent_format(components).downscale * setting(components[family.denoiser], "patch_size", 2)
         options["mu"] = shift_of((height // side) * (width // side), scheduler.config) if mu is None else mu

@@ -57,7 +57,8 @@ def _all_three(
 ) -> Cond:
     transformer, count = components["transformer"], len(texts[0])
     width, pooled_width = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
-    states, pooled = [], []
+    states: list[Tensor | None] = []
+    pooled: list[Tensor | None] = []
     for suffix, prompts in (("", texts[0]), ("_2", texts[1])):
         encoder = components.get(f"text_encoder{suffix}")
         if encoder is None:
@@ -88,4 +89,4 @@ def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], l
     if encoder is None:
         return torch.zeros(len(texts), length, width, dtype=components["transformer"].dtype, device=device)
     ids = tokenize(components["tokenizer_3"], texts, length, what="T5", add_special_tokens=True).input_ids
-    return encoder(ids.to(device))[0].to(encoder.dtype)
+    return encoder(ids.to(device))[0].to(encoder.dtype)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,16 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _load_connected_pipes: ClassVar[bool] = False
+
+    _guidance_scale: Any = None
+    _guidance_rescale: Any = None
+    _clip_skip: Any = None
+    _cross_attention_kwargs: Any = None
+    _num_timesteps: int = 0
+
+    if TYPE_CHECKING:  # components are attributes
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,12 +98,16 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first network."""
-        return next((m.dtype for m in self.modules.values()), torch.float32)  # type: ignore[misc]
+        networks: Iterator[Any] = iter(self.modules.values())
+        found: torch.dtype = next((m.dtype for m in networks), torch.float32)
+        return found
 
     @property
     def device(self) -> torch.device:
         """Where the first network is."""
-        return next((m.device for m in self.modules.values()), torch.device("cpu"))  # type: ignore[misc]
+        networks: Iterator[Any] = iter(self.modules.values())
+        found: torch.device = next((m.device for m in networks), torch.device("cpu"))
+        return found
 
     # -- loading and saving ----------------------------------------------------------------------
 
@@ -227,7 +241,7 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
     def _generate(self, arguments: Mapping[str, Any]) -> Any:
         """Run with ``locals()`` of a face's ``__call__``; returns its output class, or a tuple."""
         inputs = {k: v for k, v in arguments.items() if k not in ("self", "kwargs", "__class__")}
-        extra = {k: inputs.pop(k) for k in ("callback", "callback_steps") if k in inputs}
+        extra: dict[str, Any] = {k: inputs.pop(k) for k in ("callback", "callback_steps") if k in inputs}
         inputs |= self._legacy_callback({**extra, **(arguments.get("kwargs") or {})})
         state = self._begin(inputs)
         callback, names = self._callback_of(state)
@@ -285,10 +299,11 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
 
     def _legacy_callback(self, extra: dict[str, Any]) -> dict[str, Any]:
         """``callback(step, timestep, latents)`` every ``callback_steps``, as scripts of old call it."""
-        old, every = extra.pop("callback", None), extra.pop("callback_steps", 1)
+        old, every = extra.pop("callback", None), extra.pop("callback_steps", None)
+        every = 1 if every is None else every
         if extra:
             raise TypeError(f"{type(self).__name__}() got unexpected arguments {sorted(extra)}")
-        if every is not None and (not isinstance(every, int) or every <= 0):
+        if not isinstance(every, int) or every <= 0:
             raise ValueError(f"`callback_steps` has to be a positive integer, got {every!r}")
         if old is None:
             return {}

@@ -213,8 +213,9 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
         lora_scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`FluxPipeline.encode_prompt`."""
-        return FluxBase.encode_prompt(  # type: ignore[arg-type]
-            self, prompt, prompt_2, device, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds,
+        return FluxBase.encode_prompt(
+            self,  # type: ignore[arg-type]
+            prompt, prompt_2, device, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds,
             max_sequence_length, lora_scale,
         )  # fmt: skip
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import hub, log, registry
+from ..core import hub, log, registry, remote
 from ..core.config import read_json
-from ..core.errors import CheckpointError, MissingFile, UntrustedCode
+from ..core.errors import CheckpointError, MissingFile
 from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
 from . import downloading
@@ -26,7 +26,8 @@ logger = log.get_logger(__name__)
 INDEX = "model_index.json"
 # arguments that scripts pass to any pipeline class, whether it has them or not
 _HARMLESS = {"safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder", "add_watermarker"}
-_IGNORED = {"provider", "sess_options", "return_cached_folder", "load_connected_pipeline", "custom_revision", "mirror"}
+_IGNORED = {"provider", "sess_options", "return_cached_folder", "load_connected_pipeline", "mirror"}
+_CUSTOM = ("custom_pipeline", "custom_revision")
 
 
 @dataclass
@@ -40,6 +41,7 @@ class PipelineOptions:
     max_memory: Any = None
     memory: Any = None
     custom_pipeline: str | None = None
+    custom_revision: str | None = None
     trust_remote_code: bool = False
 
     @classmethod
@@ -48,7 +50,7 @@ class PipelineOptions:
         if kwargs.get("quantization_config") is not None:
             raise ValueError("`quantization_config`: quantise a component by itself, then pass it to the pipeline")
         dtypes, default = _split_dtypes(kwargs)
-        own = {n: kwargs.pop(n, None) for n in ("device_map", "max_memory", "memory", "custom_pipeline")}
+        own = {n: kwargs.pop(n, None) for n in ("device_map", "max_memory", "memory", *_CUSTOM)}
         trusted = bool(kwargs.pop("trust_remote_code", False))
         for name in _IGNORED:
             kwargs.pop(name, None)
@@ -157,13 +159,13 @@ def read_index(folder: Path) -> dict[str, Any]:
 def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: PipelineOptions) -> Any:
     """The class to build: ``cls``, or what the index names if ``cls`` is ``DiffusionPipeline`` itself."""
     name = index.get("_class_name")
-    if options.custom_pipeline is not None or isinstance(name, list):
-        what = options.custom_pipeline or name
-        if not options.trust_remote_code:
-            raise UntrustedCode(
-                f"{folder}: the pipeline {what!r} is code of its own; this needs `trust_remote_code=True`"
-            )
-        raise ValueError(f"custom pipelines ({what!r}) can't be loaded; use a class of `effusion`")
+    if options.custom_pipeline is not None:
+        return custom_class(str(options.custom_pipeline), options)
+    if isinstance(name, list):
+        if len(name) != 2 or not all(isinstance(part, str) for part in name):
+            raise CheckpointError(f"{folder / INDEX}: `_class_name` must be a name or [file, name], not {name!r}")
+        remote.consent(f"the pipeline {name[1]!r} of {folder}", options.trust_remote_code)
+        return remote.load_class(remote.read_folder(folder), *name, trusted=options.trust_remote_code)
     if cls.__name__ != "DiffusionPipeline":
         return cls
     if not isinstance(name, str):
@@ -172,6 +174,28 @@ def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: Pi
     if not hasattr(found, "register_modules"):
         raise CheckpointError(f"{folder / INDEX}: {name} is no pipeline class")
     return found
+
+
+def custom_class(place: str, options: PipelineOptions) -> type:
+    """The pipeline class in ``place``: a Python file, a folder with ``pipeline.py``, or a repository with one.
+
+    Raises:
+        UntrustedCode: no ``trust_remote_code=True``.
+    """
+    remote.consent(f"the custom pipeline {place!r}", options.trust_remote_code)
+    path = Path(place)
+    if path.is_file():
+        return remote.load_class(remote.read_folder(path.parent), path.stem, None, options.trust_remote_code)
+    if path.is_dir():
+        return remote.load_class(remote.read_folder(path), "pipeline", None, options.trust_remote_code)
+    if place.count("/") != 1:
+        raise MissingFile(
+            f"custom_pipeline={place!r}: give a file, a folder with pipeline.py, or a repository `owner/name`; "
+            "pipelines of the community's collection are loaded from a copy of their file"
+        )
+    where = {**options.base.where, "revision": options.custom_revision}
+    code = remote.read_repository(place, options.trust_remote_code, **where)
+    return remote.load_class(code, "pipeline", None, options.trust_remote_code)
 
 
 def _check_arguments(cls: Any, kwargs: dict[str, Any], options: PipelineOptions) -> None:
@@ -203,7 +227,8 @@ def _gather(
     wanted = {n: entries[n] for n in names if n in entries and n not in kwargs and entries[n][1] is not None}
     _check_lacking(cls, names, set(entries) | set(kwargs), folder)
     variants = _variants(folder, wanted, options.base)
-    classes = {n: find_component_class(n, entry[0], entry[1], folder / n) for n, entry in wanted.items()}
+    trusted = options.trust_remote_code
+    classes = {n: find_component_class(n, entry[0], entry[1], folder / n, trusted) for n, entry in wanted.items()}
     ready = {n: prepare(classes[n], folder, n, options.for_component(n, variants[n])) for n in wanted}
     components = {n: kwargs.get(n, ready.get(n)) for n in names}
     parameters = inspect.signature(cls.__init__).parameters
@@ -237,8 +262,14 @@ def _names_in(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def find_component_class(name: str, library: str, class_name: str, folder: Path) -> Any:
-    """The class of component ``name`` in ``folder``; :class:`CheckpointError` names it if there is none."""
+def find_component_class(name: str, library: str, class_name: str, folder: Path, trusted: bool = False) -> Any:
+    """The class of component ``name`` in ``folder``; :class:`CheckpointError` names it if there is none.
+
+    ``library`` may be a Python file in the folder; that takes consent.
+    """
+    if library.isidentifier() and (folder / f"{library}.py").is_file():
+        remote.consent(f"the component {name!r} ({library}.py in {folder})", trusted)
+        return remote.load_class(remote.read_folder(folder), library, class_name, trusted)
     try:
         own = native_class(class_name, folder) if library == "transformers" else None
         if own is not None:
@@ -303,10 +334,8 @@ def download(
     commit = hub.commit_of(index_path)
     index = read_index(index_path.parent)
     class_name = index.get("_class_name")
-    if isinstance(class_name, list) and not trust_remote_code:
-        raise UntrustedCode(
-            f"{repo}: the pipeline {class_name!r} is code of its own; this needs `trust_remote_code=True`"
-        )
+    if isinstance(class_name, list):
+        remote.consent(f"the pipeline {class_name!r} of {repo}", trust_remote_code)
     where["revision"] = commit
     skip = set(passed or ())
     parts = [n for n, v in index.items() if _is_present(n, v) and n not in skip]
@@ -319,6 +348,9 @@ def download(
     chosen = [INDEX]
     for part in parts:
         chosen += downloading.choose_files(files, part, variant, use_safetensors)
+    if trust_remote_code:  # code that the index names: the pipeline's, and that of components
+        folders = {"", *parts}
+        chosen += [f for f in files if f.endswith(".py") and f.rpartition("/")[0] in folders]
     return hub.snapshot(repo, chosen, **where)
 
 

@@ -47,7 +47,7 @@ class ModularPipeline(DiffusionPipeline):
         return {name: getattr(self, name, None) for name in self._names}
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], task: str = "text2image", **kwargs: Any
     ) -> ModularPipeline:
         """Load the components of an ordinary checkpoint; arguments as ``DiffusionPipeline.from_pretrained``."""

@@ -10,12 +10,16 @@ from .base import DiffusionPipeline
 from .outputs import ImagePipelineOutput
 
 
-class DDPMPipeline(DiffusionPipeline):
-    """Unconditional pictures with the whole reverse process (Ho et al. 2020)."""
+class UnconditionalBase(DiffusionPipeline):
+    """What the faces of unconditional diffusion share."""
 
     family = UNCONDITIONAL
     output_class = ImagePipelineOutput
     model_cpu_offload_seq = "unet"
+
+
+class DDPMPipeline(UnconditionalBase):
+    """Unconditional pictures with the whole reverse process (Ho et al. 2020)."""
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         super().__init__()
@@ -33,11 +37,13 @@ class DDPMPipeline(DiffusionPipeline):
         return self._generate(locals())
 
 
-class DDIMPipeline(DDPMPipeline):
+class DDIMPipeline(UnconditionalBase):
     """Unconditional pictures in fewer steps (Song et al. 2021); ``eta`` = 0 is deterministic."""
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
-        super().__init__(unet, DDIMScheduler.from_config(scheduler.config))
+        super().__init__()
+        scheduler = DDIMScheduler.from_config(scheduler.config)
+        self._register(locals())
 
     def __call__(
         self,

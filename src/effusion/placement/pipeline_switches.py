@@ -22,7 +22,10 @@ Self = TypeVar("Self", bound="PipelineSwitches")
 class PipelineSwitches:
     """For classes with ``components``: a mapping of names to networks and other things."""
 
-    components: Mapping[str, Any]
+    @property
+    def components(self) -> dict[str, Any]:
+        raise NotImplementedError
+
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
 
     def _networks(self) -> dict[str, nn.Module]:
