@@ -15,7 +15,7 @@ from .optional import require
 # module -> the public names in it
 MODULES: dict[str, tuple[str, ...]] = {
     "effusion.core.config": ("ConfigMixin",),
-    "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode"),
+    "effusion.core.errors": ("BudgetError", "PlanConflict", "CheckpointError", "UntrustedCode", "UnsupportedTask"),
     "effusion.schedulers.base": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin", "SchedulerOutput"),
     "effusion.schedulers.cogvideox": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
     "effusion.schedulers.consistency": ("CMStochasticIterativeScheduler", "LCMScheduler", "TCDScheduler"),
