@@ -56,10 +56,12 @@ def multistep(algorithm: str, solver_type: str, levels: Sequence[Level], order: 
     t, s = levels[:2]
     a, (phi1, phi2, phi3), c = integrals(algorithm, s, t)
     h = t.lam - s.lam
-    if order == 1 or h == 0:
+    if (order > 1 and s.lam == levels[2].lam) or h == 0:  # a repeated level has nothing to extrapolate with
+        order = 1
+    if order == 1:
         return a, [phi1], c
     r0 = (s.lam - levels[2].lam) / h
-    if order == 2:
+    if order == 2 or levels[2].lam == levels[3].lam:
         d = (0.5 * phi1 if solver_type == "midpoint" else phi2) / r0
         return a, [phi1 + d, -d], c
     r1 = (levels[2].lam - levels[3].lam) / h

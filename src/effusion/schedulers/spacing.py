@@ -36,6 +36,9 @@ def timesteps(spacing: str, steps: int, train: int, offset: int = 0, *, last: in
             f"num_inference_steps={steps!r}: the network knows num_train_timesteps={train} noise levels; "
             f"choose 1 to {train}"
         )
+    extra = min(extra, max(last - steps, 0))  # a timestep is visited once
+    if steps > last:
+        raise ValueError(f"num_inference_steps={steps}: lambda_min_clipped leaves {last} timesteps; take fewer steps")
     if spacing == "linspace":
         spread = np.linspace(0, last - 1, steps + extra)
         return np.asarray((spread.round() if rounded else spread)[::-1][:steps])
@@ -48,8 +51,8 @@ def timesteps(spacing: str, steps: int, train: int, offset: int = 0, *, last: in
 
 def rising(spacing: str, steps: int, train: int, noisiest: int, offset: int = 0) -> Array:
     """``steps`` rising timesteps up to below ``noisiest``, for inversion. Float64, ``(steps,)``."""
-    if not 1 <= steps <= train:
-        raise ValueError(f"num_inference_steps={steps!r}: choose 1 to num_train_timesteps={train}")
+    if not 1 <= steps <= noisiest:
+        raise ValueError(f"num_inference_steps={steps!r}: an inverted run of {train} timesteps has 1 to {noisiest}")
     if spacing == "linspace":
         return np.asarray(np.linspace(0, noisiest, steps + 1).round()[:-1])
     if spacing == "leading":
