@@ -61,7 +61,7 @@ def start_inside_mask(
     denoising_start: float | None = None,
 ) -> dict[str, Any]:
     """Start latents of inpainting: noise at full strength, else the picture with noise added."""
-    dtype = dtype_of(conds, components[family.denoiser].dtype)
+    dtype = dtype_of(conds, components[family.denoiser])
     check_generators(generator, batch)
     known, side = None, family.packing
     if _needs_image(family, components, latents, strength):

@@ -104,10 +104,10 @@ def unpack(x: Tensor, side: int, height: int, width: int) -> Tensor:
     return x.reshape(b, d // side**2, height, width)
 
 
-def dtype_of(conds: dict[str, Cond] | None, default: torch.dtype) -> torch.dtype:
-    """The dtype that latents have: that of the conditioning."""
+def dtype_of(conds: dict[str, Cond] | None, network: Any) -> torch.dtype:
+    """The dtype that latents have: that of the conditioning; without any, the network's (a stand-in may have none)."""
     tokens = conds["positive"].tokens if conds else None
-    return tokens.dtype if tokens is not None else default
+    return tokens.dtype if tokens is not None else network.dtype  # type: ignore[no-any-return]
 
 
 def match_batch(x: Tensor, batch: int, what: str) -> Tensor:
@@ -149,7 +149,7 @@ def start_from_noise(
     generator: Generators = None,
 ) -> dict[str, Any]:
     """Noise (or the caller's ``latents``), scaled to the scheduler's first noise level."""
-    dtype = dtype_of(conds, components[family.denoiser].dtype)
+    dtype = dtype_of(conds, components[family.denoiser])
     check_generators(generator, batch)
     if latents is None:
         noise = noise_like_run(family, components, batch, height, width, generator, device, dtype)
@@ -175,7 +175,7 @@ def start_from_image(
     A tensor that has the channels of latents is taken for latents. With ``denoising_start`` the
     picture is half-denoised already, and no noise is added.
     """
-    dtype = dtype_of(conds, components[family.denoiser].dtype)
+    dtype = dtype_of(conds, components[family.denoiser])
     check_generators(generator, batch)
     if latents is not None:
         return {"latents": latents.to(device=device, dtype=dtype)}

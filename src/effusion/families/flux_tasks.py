@@ -82,7 +82,7 @@ def read_control(
         raise ValueError(
             f"this transformer takes {has} channels, a Control one takes {needs}; load a Control checkpoint"
         )
-    dtype = dtype_of(conds, transformer.dtype)
+    dtype = dtype_of(conds, transformer)
     pixels = control_pixels(control_image, image_processor, height, width, batch, device, dtype)
     if pixels.ndim != 4:
         return {"channels": pixels}  # packed latents
@@ -103,7 +103,7 @@ def read_reference(
     """Kontext: the latents of a reference picture as extra tokens of their own group."""
     if image is None:
         return {}
-    f, dtype = family.latent_format(components), dtype_of(conds, components[family.denoiser].dtype)
+    f, dtype = family.latent_format(components), dtype_of(conds, components[family.denoiser])
     if not (torch.is_tensor(image) and image.shape[1] == f.channels):
         first = image[0] if isinstance(image, list) else image
         height, width = image_processor.get_default_height_width(first)

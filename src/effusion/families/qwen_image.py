@@ -143,7 +143,7 @@ def read_reference(
     generator: Generators = None,
 ) -> dict[str, Any]:
     """Editing: the reference picture as extra tokens."""
-    dtype = dtype_of(conds, components[family.denoiser].dtype)
+    dtype = dtype_of(conds, components[family.denoiser])
     size = edit_size(image)
     pixels = image_processor.preprocess(image_processor.resize(image, *size), *size).to(device=device, dtype=dtype)
     z = match_batch(encode_pixels(family, components["vae"], pixels, generator, "argmax"), batch, "images")
