@@ -146,9 +146,13 @@ def snapshot(
     token: str | bool | None = None,
     local_files_only: bool | None = False,
     force_download: bool = False,
+    literal: bool = True,
     **ignored: Any,
 ) -> Path:
-    """The files of ``repo`` that match ``patterns``, downloaded in parallel; returns their folder in the cache."""
+    """The files ``patterns`` of ``repo``, downloaded in parallel; returns their folder in the cache.
+
+    With ``literal`` they are names, otherwise shell patterns.
+    """
     from huggingface_hub import snapshot_download
 
     with _hub_errors(repo, "", revision):
@@ -159,7 +163,7 @@ def snapshot(
             token=token,
             local_files_only=bool(local_files_only),
             force_download=force_download,
-            allow_patterns=[_literal(p) for p in patterns],
+            allow_patterns=[_literal(p) if literal else p for p in patterns],
         )
     return Path(str(folder))
 

@@ -119,6 +119,10 @@ MODULES: dict[str, tuple[str, ...]] = {
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
     ),
+    "effusion.pipelines.stable_diffusion_3_control": (
+        "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline",
+    ),
     "effusion.pipelines.pixart": ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     "effusion.pipelines.dit": ("DiTPipeline",),
     "effusion.pipelines.flux_control": (

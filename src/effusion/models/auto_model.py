@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core import hub, registry
+from ..core import hub, registry, remote
 from ..core.config import ConfigMixin, read_json
-from ..core.errors import CheckpointError, MissingFile, UntrustedCode
+from ..core.errors import CheckpointError, MissingFile
 
 
 class AutoModel(ConfigMixin):
@@ -70,6 +70,9 @@ def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: b
         entry = read_json(index).get(str(where["subfolder"])) if index else None
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
             return registry.find_class(*entry)
+    commit = hub.commit_of(config_file)
+    if "auto_map" in config and trusted and commit and not Path(path).exists():
+        remote.read_repository(str(path), trusted, **{**where, "revision": commit})  # fetches the code beside it
     return class_from_config(config, str(config_file), trusted)
 
 
@@ -85,8 +88,20 @@ def class_from_config(config: Mapping[str, Any], label: str, trusted: bool = Fal
     architectures = config.get("architectures")
     if isinstance(config.get("model_type"), str) and isinstance(architectures, list) and len(architectures) == 1:
         return registry.find_class("transformers", str(architectures[0]))
-    if "auto_map" in config and not trusted:
-        raise UntrustedCode(f"{label} wants to run code from its repository; this needs `trust_remote_code=True`")
+    if "auto_map" in config:
+        return _foreign(config["auto_map"], label, trusted)
     if isinstance(name, str):
         return registry.find_class("diffusers", name)  # raises, naming the class
     raise CheckpointError(f"{label} names no class: neither `_class_name` nor `model_type` with `architectures`")
+
+
+def _foreign(table: Any, label: str, trusted: bool) -> Any:
+    """The class that an ``auto_map`` names, as ``file.Class``, beside the configuration; takes consent."""
+    entry = table.get("AutoModel") if isinstance(table, Mapping) else None
+    remote.consent(f"the class {entry!r} of {label}", trusted)
+    if not isinstance(entry, str) or entry.count(".") != 1 or not all(p.isidentifier() for p in entry.split(".")):
+        raise CheckpointError(f"{label}: `auto_map` must name an AutoModel as 'file.Class', not {table!r}")
+    if not Path(label).is_file():
+        raise CheckpointError(f"{label} names code ({entry}) but comes from no folder that could hold it")
+    module, _, class_name = entry.partition(".")
+    return remote.load_class(remote.read_folder(Path(label).parent), module, class_name, trusted)

@@ -18,7 +18,8 @@ from ..nn.dispatch import AttentionBackendMixin
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
 from ..placement.switches import MemorySwitches
-from ..weights import saving
+from ..weights import recognise, saving, single_file
+from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared
 
 logger = log.get_logger(__name__)
@@ -117,6 +118,51 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         cls._check_class(config, path)
         checkpoint = options.open(path, (cls._weights_stem,), where)
         return Prepared.of(cls, config, checkpoint, options, config_changes, str(path))
+
+    @classmethod
+    def from_single_file(cls: type[Self], pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+        """Load this network out of a file in its original layout, alone or among others; or in ours.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: a file, a link to one on the hub, or a dictionary of tensors.
+            config: a folder, repository or dictionary with the configuration (``subfolder`` as usual); read off the
+                shapes of the tensors if not given.
+            original_config: accepted; everything in it that matters is told by the tensors.
+            kwargs: as for :meth:`from_pretrained`; anything else replaces an entry of the configuration.
+
+        Raises:
+            CheckpointError: the file holds no such network (says what it is), or its weights do not fit.
+        """
+        kwargs.pop("original_config", None)
+        source = kwargs.pop("pretrained_model_link_or_path", pretrained_model_link_or_path_or_dict)
+        given, device = kwargs.pop("config", None), kwargs.pop("device", None)
+        if device is not None:
+            kwargs["device_map"] = device
+        options = LoadOptions.take(kwargs)
+        prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **kwargs)
+        return prepared.build()
+
+    @classmethod
+    def _prepare_single(cls, checkpoint: Checkpoint, given: Any, options: LoadOptions, **changes: Any) -> Prepared[Any]:
+        """What :meth:`_prepare` does, for a file that holds this network in any layout."""
+        part = recognise.part_for(checkpoint, cls.__name__)
+        if isinstance(given, Mapping):
+            config: Mapping[str, Any] = given
+        elif given is not None:
+            config = cls.load_config(given, **options.where)
+        elif part.config:
+            config = part.config
+        else:
+            raise ValueError(f"{checkpoint.label} carries no configuration of {cls.__name__}: give `config=`")
+        return Prepared.of(cls, config, part.read(checkpoint), options, changes, checkpoint.label)
+
+    def save_single_file(self, path: str | os.PathLike[str], **metadata: str) -> None:
+        """Write the weights into one safetensors file in the original layout of this network.
+
+        Raises:
+            ValueError: it has none that is known here.
+        """
+        single_file.write_single(path, single_file.original_state(self), metadata)
 
     @classmethod
     def _check_class(cls, config: Mapping[str, Any], path: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,47 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _MAX_INDEX = 64 << 20
 
 
-class Checkpoint(Mapping[str, "TensorSlice | Tensor"]):
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that has to be made from others: ``function`` of ``parts``, when it is asked for."""
+
+    parts: tuple[Entry, ...]
+    function: Callable[..., Tensor]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, function: Callable[..., Tensor], *parts: Entry) -> Computed:
+        """Find shape and dtype by running ``function`` on ``meta``."""
+        fake = function(*(torch.empty(p.shape, dtype=p.dtype, device="meta") for p in parts))
+        return cls(parts, function, fake.dtype, tuple(fake.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Entry = TensorSlice | Tensor | Computed
+
+
+class Checkpoint(Mapping[str, Entry]):
     """What a checkpoint holds, by name: where each tensor lies, its dtype and shape.
 
-    A value is a :class:`TensorSlice` (safetensors) or the tensor itself (torch files, dictionaries);
-    both have ``dtype`` and ``shape``. :meth:`tensor` gives the tensor.
+    A value is a :class:`TensorSlice` (safetensors), the tensor itself (torch files, dictionaries) or a
+    :class:`Computed` one; all have ``dtype``, ``shape`` and ``nbytes``. :meth:`tensor` gives the tensor.
     """
 
     def __init__(
         self,
-        entries: Mapping[str, TensorSlice | Tensor],
+        entries: Mapping[str, Entry],
         files: Mapping[Path, SafetensorsFile] | None = None,
         label: str = "the state dictionary",
         metadata: Mapping[str, str] | None = None,
-        names: Mapping[str, str] | None = None,
     ) -> None:
         self._entries, self._files, self.label = dict(entries), dict(files or {}), label
         self.metadata = dict(metadata or {})
-        self._names = dict(names or {})  # name here -> name in the file, where they differ
 
-    def __getitem__(self, name: str) -> TensorSlice | Tensor:
+    def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -52,22 +74,33 @@ class Checkpoint(Mapping[str, "TensorSlice | Tensor"]):
 
     def tensor(self, name: str, mapped: bool = True) -> Tensor:
         """Tensor ``name``; over the mapped file unless ``mapped`` is false."""
-        entry = self._entries[name]
+        return self._read(self._entries[name], mapped)
+
+    def _read(self, entry: Entry, mapped: bool) -> Tensor:
         if isinstance(entry, Tensor):
             return entry
-        return self._files[entry.path].tensor(self._names.get(name, name), mapped)
+        if isinstance(entry, Computed):
+            made = entry.function(*(self._read(part, mapped) for part in entry.parts))
+            for part in entry.parts:
+                self._release(part)
+            return made
+        return self._files[entry.path].read(entry, mapped)
 
     def release(self, name: str) -> None:
         """Give back the pages that reading ``name`` brought in, once its values were copied elsewhere."""
-        entry = self._entries[name]
+        self._release(self._entries[name])
+
+    def _release(self, entry: Entry) -> None:
         if isinstance(entry, TensorSlice):
-            self._files[entry.path].release(self._names.get(name, name))
+            self._files[entry.path].release(entry)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same tensors under other names: ``names`` maps old to new; those not in it are left out."""
-        origin = {new: self._names.get(old, old) for old, new in names.items()}
-        entries = {new: self._entries[old] for old, new in names.items()}
-        return Checkpoint(entries, self._files, self.label, self.metadata, origin)
+        return self.replaced({new: self._entries[old] for old, new in names.items()})
+
+    def replaced(self, entries: Mapping[str, Entry]) -> Checkpoint:
+        """Other entries over the same files."""
+        return Checkpoint(entries, self._files, self.label, self.metadata)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -104,12 +137,19 @@ def _dot(text: str | None) -> str:
 
 
 def open_file(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open one weights file, of the safetensors format or (weights only) of torch's."""
-    path = Path(path)
-    if torch_file.looks_like(path):
-        return Checkpoint(torch_file.load(path), label=str(path))
-    file = SafetensorsFile(path)
-    return Checkpoint(file.slices, {path: file}, str(path), file.metadata)
+    """Open one weights file, of the safetensors format or of torch's (in a child process)."""
+    return open_files([Path(path)])[0]
+
+
+def open_files(paths: Sequence[Path]) -> list[Checkpoint]:
+    """Open several weights files; torch files are converted by one child process."""
+    pickled = [path for path in paths if torch_file.looks_like(path)]
+    place = dict(zip(pickled, torch_file.converted(pickled), strict=True)) if pickled else {}
+    opened = []
+    for path in paths:
+        file = SafetensorsFile(place.get(path, path))
+        opened.append(Checkpoint(file.slices, {file.path: file}, str(path), file.metadata))
+    return opened
 
 
 def open_checkpoint(
@@ -172,8 +212,9 @@ def open_index(path: Path, repo: str | os.PathLike[str] | None = None, **where: 
     shard_of = read_index(path)
     shards = sorted(set(shard_of.values()))
     found = hub.sibling_files(path, shards, repo, **where)
-    opened = {name: open_file(found[name]) for name in shards}
-    entries, files = {}, {}
+    opened = dict(zip(shards, open_files([found[name] for name in shards]), strict=True))
+    entries: dict[str, Entry] = {}
+    files: dict[Path, SafetensorsFile] = {}
     for tensor, shard in shard_of.items():
         if tensor not in opened[shard]:
             raise CheckpointError(f"{path} says that tensor {tensor!r} is in {shard}, but it is not")

@@ -68,12 +68,15 @@ class SafetensorsFile:
 
     def tensor(self, name: str, mapped: bool = True) -> Tensor:
         """Tensor ``name``: over the mapped file, or read into memory of its own."""
-        part = self.slices[name]
+        return self.read(self.slices[name], mapped)
+
+    def read(self, part: TensorSlice, mapped: bool = True) -> Tensor:
+        """The tensor of any slice of this file."""
         return self._mapped.tensor(part) if mapped else part.read()
 
-    def release(self, name: str) -> None:
-        """Drop the pages that reading tensor ``name`` brought in; see :meth:`MappedFile.release`."""
-        self._mapped.release(self.slices[name])
+    def release(self, part: TensorSlice) -> None:
+        """Drop the pages that reading ``part`` brought in; see :meth:`MappedFile.release`."""
+        self._mapped.release(part)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def _write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     safetensors_file.write(path, tensors, {"format": "pt"})
 
 
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file in one step."""
+    safetensors_file.write(path, tensors, metadata)
+
+
 def remove_stale(folder: Path, written: list[str], stem: str, variant: str | None) -> None:
     """After a save: remove shards and indices of the same stem and variant that the new save does not have."""
     pattern = re.compile(rf"{re.escape(stem)}(?:\.(?P<v>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.(?:safetensors|bin)")

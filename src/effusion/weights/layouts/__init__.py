@@ -1,0 +1,1 @@
+"""How other programs name and pack the weights of networks that we have: tables, and what reads them."""

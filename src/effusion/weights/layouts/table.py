@@ -1,0 +1,215 @@
+"""Key tables: rows of names, theirs and ours, read in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ...core.errors import CheckpointError
+from ..checkpoint import Checkpoint, Computed, Entry
+from ..slices import TensorSlice
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what ``theirs`` is called here.
+
+    A name that ends in a dot stands for everything below it, translated by ``inside`` (or unchanged).
+    ``{}`` stands for a number, the same on both sides. Several names in ``ours`` mean that theirs is
+    their concatenation along the first axis. ``op`` names a change of the values, see :data:`OPS`.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    inside: tuple[Row, ...] | None = None
+    op: str = ""
+    parts: tuple[int, ...] = ()  # how large the parts of a fused tensor are to each other; equal if not given
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+def _pixel(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:2])
+
+
+def _unpixel(x: Tensor) -> Tensor:
+    return x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x
+
+
+def _transpose(x: Tensor) -> Tensor:
+    return x.t().contiguous()
+
+
+def _swap_halves(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2)[::-1])
+
+
+# op -> (theirs to ours, ours to theirs)
+OPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "pixel": (_pixel, _unpixel),  # 1x1 convolution <-> linear layer
+    "transpose": (_transpose, _transpose),
+    "swap halves": (_swap_halves, _swap_halves),
+}
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What a name became: the other side's names, and the op."""
+
+    names: tuple[str, ...]
+    op: str = ""
+    parts: tuple[int, ...] = ()
+
+
+def translate(table: Sequence[Row], name: str, reverse: bool = False) -> Hit | None:
+    """The other side's name(s) of ``name``; ``None`` if the table does not know it.
+
+    With ``reverse`` from ours to theirs; only the first of several fused names is looked for then.
+    """
+    for row in table:
+        source, targets = (row.names[0], (row.theirs,)) if reverse else (row.theirs, row.names)
+        found = _match(source, name)
+        if found is None:
+            continue
+        if row.inside == ():  # known, and left out
+            return None
+        numbers, rest = found
+        heads = tuple(_fill(t, numbers) for t in targets)
+        if not source.endswith("."):
+            return Hit(heads, row.op, row.parts)
+        if row.inside is None:
+            return Hit(tuple(h + rest for h in heads), row.op)
+        inner = translate(row.inside, rest, reverse)
+        if inner is not None:
+            return Hit(tuple(heads[0] + n for n in inner.names), inner.op or row.op, inner.parts)
+    return None
+
+
+def _match(source: str, name: str) -> tuple[tuple[str, ...], str] | None:
+    """(numbers, what follows) if ``name`` is ``source``, or starts with it and that ends in a dot."""
+    if "{}" not in source:
+        if name == source:
+            return (), ""
+        return ((), name[len(source) :]) if source.endswith(".") and name.startswith(source) else None
+    found = _pattern(source).match(name)
+    if found is None or (not source.endswith(".") and found.end() != len(name)):
+        return None
+    return found.groups(), name[found.end() :]
+
+
+_patterns: dict[str, re.Pattern[str]] = {}
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+    if source not in _patterns:
+        _patterns[source] = re.compile(r"(\d+)".join(map(re.escape, source.split("{}"))))
+    return _patterns[source]
+
+
+def _fill(target: str, numbers: Iterable[str]) -> str:
+    return target.format(*numbers) if "{}" in target else target
+
+
+def to_ours(checkpoint: Checkpoint, table: Sequence[Row], prefix: str = "") -> Checkpoint:
+    """The tensors of ``checkpoint`` below ``prefix`` that ``table`` knows, under our names.
+
+    Parts of fused tensors and reshaped ones stay slices of the mapped file; others are computed
+    when they are read.
+    """
+    entries: dict[str, Entry] = {}
+    for name, entry in checkpoint.items():
+        hit = translate(table, name[len(prefix) :]) if name.startswith(prefix) else None
+        if hit is None:  # other components, and what training left behind
+            continue
+        for new, part in zip(hit.names, split(entry, hit.parts or (1,) * len(hit.names), name), strict=True):
+            if new in entries:
+                raise CheckpointError(f"{checkpoint.label}: two tensors, one of them {name!r}, are both our {new!r}")
+            entries[new] = change(part, hit.op) if hit.op else part
+    return checkpoint.replaced(entries)
+
+
+def split(entry: Entry, parts: Sequence[int], name: str = "a tensor") -> list[Entry]:
+    """``entry`` cut along the first axis into pieces whose sizes are to each other as ``parts``."""
+    if len(parts) == 1:
+        return [entry]
+    if not entry.shape or entry.shape[0] % sum(parts):
+        raise CheckpointError(f"{name}: shape {list(entry.shape)} does not divide into parts {list(parts)}")
+    unit = entry.shape[0] // sum(parts)
+    starts = [sum(parts[:i]) * unit for i in range(len(parts))]
+    return [narrow(entry, start, n * unit) for start, n in zip(starts, parts, strict=True)]
+
+
+def narrow(entry: Entry, start: int, rows: int) -> Entry:
+    """``rows`` rows of ``entry`` from ``start``: still a slice of the file if it is one."""
+    if isinstance(entry, Tensor):
+        return entry[start : start + rows]
+    if isinstance(entry, TensorSlice):
+        row = entry.nbytes // entry.shape[0]
+        shape = (rows, *entry.shape[1:])
+        return replace(entry, offset=entry.offset + start * row, nbytes=rows * row, shape=shape)
+    return Computed.of(lambda x: x[start : start + rows], entry)
+
+
+def reshape(entry: Entry, shape: Sequence[int]) -> Entry:
+    """``entry`` in another shape of as many elements."""
+    assert prod(entry.shape) == prod(shape)
+    if isinstance(entry, Tensor):
+        return entry.reshape(tuple(shape))
+    if isinstance(entry, TensorSlice):
+        return replace(entry, shape=tuple(shape))
+    return Computed.of(lambda x: x.reshape(tuple(shape)), entry)
+
+
+def change(entry: Entry, op: str, reverse: bool = False) -> Entry:
+    """``entry`` after the op of a row."""
+    if op == "pixel" and not reverse:
+        return reshape(entry, entry.shape[:2]) if len(entry.shape) == 4 else entry
+    return Computed.of(OPS[op][reverse], entry)
+
+
+def to_theirs(state: Mapping[str, Tensor], table: Sequence[Row], prefix: str = "") -> dict[str, Tensor]:
+    """Our tensors under their names, fused where theirs are.
+
+    Raises:
+        ValueError: a tensor that the layout has no name for.
+    """
+    fused = {name: row for row in _flat(table) if len(row.names) > 1 for name in row.names[1:]}
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if any(_ends_like(name, other) for other in fused):
+            continue
+        hit = translate(table, name, reverse=True)
+        if hit is None:
+            raise ValueError(f"{name} has no name in the original layout, so it can't be saved in it")
+        value = torch.cat([state[n] for n in siblings]) if (siblings := _siblings(table, name, state)) else tensor
+        out[prefix + hit.names[0]] = OPS[hit.op][1](value) if hit.op else value
+    return out
+
+
+def _flat(table: Sequence[Row]) -> list[Row]:
+    return [r for row in table for r in ([row] if row.inside is None else [row, *_flat(row.inside)])]
+
+
+def _ends_like(name: str, tail: str) -> bool:
+    return re.search(r"(?:^|\.)" + r"\d+".join(map(re.escape, tail.split("{}"))) + "$", name) is not None
+
+
+def _siblings(table: Sequence[Row], name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """All our names that are fused with ``name`` in theirs, in order; empty if it is alone."""
+    for row in _flat(table):
+        if len(row.names) > 1 and _ends_like(name, row.names[0]):
+            found = re.search(r"\d+".join(map(re.escape, row.names[0].split("{}"))) + "$", name)
+            assert found is not None
+            numbers = re.findall(r"\d+", found[0]) if "{}" in row.names[0] else []
+            names = [name[: found.start()] + _fill(n, numbers) for n in row.names]
+            if all(n in state for n in names):
+                return names
+    return []

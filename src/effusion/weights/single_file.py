@@ -1,0 +1,111 @@
+"""One file with everything: opening it wherever it is, and writing networks in their original layout."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..core import hub
+from ..core.errors import CheckpointError, MissingFile
+from . import saving
+from .checkpoint import Checkpoint, from_dict, open_file
+from .layouts import infer, stable_diffusion, transformers
+from .layouts.table import Row, to_theirs
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+_LINK = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)")
+_INSIDE = re.compile(r"(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<name>.+\.\w+)")
+
+
+def open_source(source: Source, **where: Any) -> Checkpoint:
+    """Open a file, a file of a hub repository (a link, or ``owner/name/path/file``), or a dictionary of tensors.
+
+    Raises:
+        CheckpointError: it is nowhere to be found, or not what it should be.
+    """
+    if isinstance(source, Mapping):
+        return from_dict(source)
+    path = Path(source)
+    if path.is_file():
+        return open_file(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the file in it, or use `from_pretrained`")
+    text = str(source)
+    link = _LINK.fullmatch(text)
+    found = _INSIDE.fullmatch(link[1] if link else text)
+    if found is None or ("://" in text and link is None):
+        raise MissingFile(f"{text} is no file here, and no link to a file on the hub (`owner/name/file.safetensors`)")
+    where = {k: v for k, v in where.items() if k != "subfolder"}
+    if found["revision"] is not None:
+        where["revision"] = found["revision"]
+    return open_file(hub.resolve_file(found["repo"], found["name"], **where))
+
+
+def layout_of(class_name: str, config: Mapping[str, Any]) -> tuple[Row, ...] | None:
+    """The table of a network's original layout, or ``None`` if there is none."""
+    blocks, layers = len(config.get("block_out_channels", ())), config.get("layers_per_block")
+    if class_name == "UNet2DConditionModel" and isinstance(layers, int):
+        attention = infer.up_attention(config)
+        return stable_diffusion.unet(blocks, layers, attention, config.get("class_embed_type") == "projection")
+    if class_name == "ControlNetModel" and isinstance(layers, int):
+        hints = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
+        return stable_diffusion.controlnet(blocks, layers, hints)
+    if class_name == "FluxTransformer2DModel":
+        return transformers.FLUX
+    if class_name == "SD3Transformer2DModel":
+        return transformers.sd3_table(config["num_layers"])
+    if class_name == "AutoencoderKL":
+        return stable_diffusion.vae(blocks)
+    return None
+
+
+# the prefix that lone networks have in their own files
+LONE = {"UNet2DConditionModel": "model.diffusion_model.", "ControlNetModel": "control_model."}
+
+
+def original_state(model: Any, prefix: str | None = None) -> dict[str, Tensor]:
+    """The weights of a network under the names of its original layout, below ``prefix`` (its usual one if ``None``).
+
+    Raises:
+        ValueError: there is no such layout, or it has no name for one of the weights.
+    """
+    name = type(model).__name__
+    table = layout_of(name, model.config)
+    if table is None:
+        raise ValueError(f"{name} has no original layout that is known here; use `save_pretrained`")
+    return to_theirs(model.state_dict(), table, LONE.get(name, "") if prefix is None else prefix)
+
+
+def text_state(model: Any, prefix: str, open_clip: bool) -> dict[str, Tensor]:
+    """The weights of a CLIP text model as single files have them."""
+    named = {("" if n.startswith("text_") else "text_model.") + n: t for n, t in model.state_dict().items()}
+    if open_clip:
+        return to_theirs(named, stable_diffusion.OPEN_CLIP, prefix)
+    return {prefix + name: tensor for name, tensor in named.items()}
+
+
+def write_single(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file in one step, the folder created if need be."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    saving.write_file(target, state, {"format": "pt", **metadata})
+
+
+def pipeline_state(components: Mapping[str, Any], prefixes: Sequence[tuple[str, str, str]]) -> dict[str, Tensor]:
+    """The weights of several components in one dictionary; ``prefixes`` are (component, prefix, kind)."""
+    state: dict[str, Tensor] = {}
+    for name, prefix, kind in prefixes:
+        component = components.get(name)
+        if component is not None:
+            own = (
+                original_state(component, prefix)
+                if kind == "network"
+                else text_state(component, prefix, kind == "open_clip")
+            )
+            state.update(own)
+    return state

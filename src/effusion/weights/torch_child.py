@@ -1,0 +1,66 @@
+"""The child process that reads torch files: limits itself, then turns pickles into safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Read an order from standard input, do it, and answer with one line of JSON."""
+    order = json.loads(sys.stdin.read())
+    answer: dict[str, Any] = {"kind": "done"}
+    import torch
+
+    torch.set_num_threads(1)
+    _limit(int(order["memory"]))
+    path = ""
+    try:
+        for path, target in order["jobs"]:
+            _convert(Path(path), Path(target))
+    except pickle.UnpicklingError as error:
+        answer = {"kind": "code", "path": path, "text": str(error).splitlines()[0][:200]}
+    except Exception as error:  # torch raises anything, from EOFError to AttributeError, on damaged files
+        answer = {"kind": "damaged", "path": path, "text": f"{type(error).__name__}: {str(error)[:200]}"}
+    print(json.dumps(answer))  # noqa: T201
+
+
+def _limit(memory: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _convert(path: Path, target: Path) -> None:
+    import torch
+
+    from . import safetensors_file
+
+    value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    tensors = {k: v.detach() for k, v in _tensors(value).items()}
+    safetensors_file.write(target, tensors, {"format": "pt"})
+
+
+def _tensors(value: Any) -> dict[str, Any]:
+    """The dictionary of tensors in a torch file, out of the wrappings that training programs put around it."""
+    import torch
+
+    for name in ("state_dict", "module", "params_ema", "params"):
+        nested = value.get(name) if isinstance(value, Mapping) else None
+        value = nested if isinstance(nested, Mapping) else value
+    if isinstance(value, Mapping) and isinstance(value.get("string_to_param"), Mapping):
+        value = {"emb_params": next(iter(value["string_to_param"].values()))}  # a textual inversion of the first kind
+    if not isinstance(value, Mapping):
+        raise ValueError(f"holds a {type(value).__name__}, expected a dictionary of tensors")
+    found = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if not found:
+        raise ValueError("holds no tensors by name")
+    return found
