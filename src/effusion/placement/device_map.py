@@ -86,7 +86,9 @@ def infer(
 
 def _limits(max_memory: Mapping[Place, int | str] | None) -> dict[Place, int]:
     if max_memory is not None:
-        given = {_place(k): parse_size(v, f"max_memory[{k!r}]") if v not in (0, "0") else 0 for k, v in max_memory.items()}
+        given = {
+            _place(k): parse_size(v, f"max_memory[{k!r}]") if v not in (0, "0") else 0 for k, v in max_memory.items()
+        }
         ordered = sorted(given, key=lambda d: (d == "disk", d == "cpu", str(d)))
         return {d: given[d] for d in ordered}
     found: dict[Place, int] = {}
@@ -141,7 +143,9 @@ def _check(module: nn.Module, placed: Mapping[str, Place]) -> None:
     unknown = sorted(set(placed) - names - {""})
     if unknown:
         some = sorted(n for n, _ in module.named_children())
-        raise ValueError(f"device_map names {unknown}, which {type(module).__name__} doesn't have; its parts are {some}")
+        raise ValueError(
+            f"device_map names {unknown}, which {type(module).__name__} doesn't have; its parts are {some}"
+        )
     left = [slot.path for slot in all_slots(module) if _lookup(placed, slot.path) is None]
     if left:
         raise ValueError(
@@ -182,7 +186,13 @@ def _carry_out(module: nn.Module, placed: Mapping[str, Place], folder: object, n
         else:
             homes.to_device(slots, device if home == "device" else torch.device("cpu"))
         for part in parts:
-            row = Row(f"{engine.name}/{part.name}", homes.nbytes_of(part.slots), home, str(device), ahead=int(home != "device"))
+            row = Row(
+                f"{engine.name}/{part.name}",
+                homes.nbytes_of(part.slots),
+                home,
+                str(device),
+                ahead=int(home != "device"),
+            )
             if row.travels or several or device.type != "cpu":
                 units.append(Unit(row, part.slots, part.triggers, device))
     engine.offload, engine.folder = None, folder

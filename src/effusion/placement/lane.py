@@ -149,9 +149,7 @@ class Lane:
     def _is_pinned(self, piece: Piece) -> bool:
         return self.device.type != "cpu" and isinstance(piece.source, Tensor) and piece.source.is_pinned()
 
-    def _dispatch(
-        self, cargo: Cargo, buffer: Tensor, pieces: list[Piece], strays: list[Any], at_once: bool
-    ) -> None:
+    def _dispatch(self, cargo: Cargo, buffer: Tensor, pieces: list[Piece], strays: list[Any], at_once: bool) -> None:
         """Fetch on the thread, or here where handing over would take longer than fetching, or nothing else waits."""
         before = list(cargo.room.events) if cargo.room is not None else []
         begun = self.streams.mark()  # memory of its own is ours once what was queued before is done

@@ -34,7 +34,9 @@ class PipelineSwitches:
     def _component(self, name: str, what: str) -> nn.Module:
         found = self._networks().get(name)
         if found is None:
-            raise PlanConflict(f"{what}: {type(self).__name__} has no component {name!r}; it has {list(self._networks())}")
+            raise PlanConflict(
+                f"{what}: {type(self).__name__} has no component {name!r}; it has {list(self._networks())}"
+            )
         return found
 
     # -- offloading ----------------------------------------------------------------------------------
@@ -54,7 +56,9 @@ class PipelineSwitches:
             else:
                 policies.model_offload(module, where, name)
 
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         """Every layer rests in host memory and travels alone, when it is called: least memory, least speed."""
         where = machine.default_device(gpu_id, device)
         for name, module in self._networks().items():

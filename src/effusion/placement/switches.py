@@ -126,4 +126,3 @@ class MemorySwitches:
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         assert isinstance(self, nn.Module)
         return moving.apply(self, super()._apply, fn, recurse)  # type: ignore[misc]
-
