@@ -283,6 +283,28 @@ def test_users_processor() -> None:
     assert_close(ours(**given).sample, want)
     assert not torch.allclose(want, plain)
     ours.set_attn_processor({k: AttnProcessor() for k in ours.attn_processors})
+
+    def function(attn: Any, hidden_states: Tensor, factor: float = 1.0, **kwargs: Any) -> Tensor:
+        return hidden_states * factor
+
+    class Trained(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def __call__(self, attn: Any, hidden_states: Tensor, factor: float = 1.0, **kwargs: Any) -> Tensor:
+            return hidden_states * factor * self.weight
+
+    results = []
+    for processor in (function, Trained()):
+        ours.set_attn_processor(processor)
+        results.append(ours(**given).sample)
+    assert torch.equal(*results)
+    assert any(name.endswith("attn1.processor.weight") for name in ours.state_dict())
+    given["cross_attention_kwargs"] = {"factor": 3.0}
+    assert not torch.equal(ours(**given).sample, results[0])
+    ours.set_attn_processor(AttnProcessor2_0())
+    assert not any("processor" in name for name in ours.state_dict())
     with pytest.raises(ValueError, match="missing"):
         ours.set_attn_processor({"nowhere.processor": AttnProcessor()})
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..core import log
 from . import pixels
 from .dispatch import attend
+from .fusion import FusedProjections, project
 
 logger = log.get_logger(__name__)
 Processor = Callable[..., Tensor]  # (attn, hidden_states, encoder_hidden_states, attention_mask, …) -> hidden_states
 
 
-class Attention(nn.Module):
+class Attention(FusedProjections):
     """Multi-head attention (Vaswani et al., 2017) over tokens ``(B, L, D)`` or pixels ``(B, C, H, W)``.
 
     What is computed between the projections is a *processor*, which users may replace
@@ -36,15 +37,11 @@ class Attention(nn.Module):
         rescale_output_factor: the result is divided by it, after ``residual_connection`` added the input.
     """
 
-    to_qkv: nn.Linear  # after fuse_projections
-    to_kv: nn.Linear
-
     def __init__(
         self,
         query_dim: int,
         cross_attention_dim: int | None = None,
         heads: int = 8,
-        kv_heads: int | None = None,
         dim_head: int = 64,
         dropout: float = 0.0,
         bias: bool = False,
@@ -67,7 +64,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.inner_dim = out_dim or dim_head * heads
-        self.inner_kv_dim = self.inner_dim if kv_heads is None else dim_head * kv_heads
+        self.inner_kv_dim = self.inner_dim
         self.query_dim, self.out_dim = query_dim, out_dim or query_dim
         self.is_cross_attention = cross_attention_dim is not None
         self.cross_attention_dim = cross_attention_dim or query_dim
@@ -78,7 +75,6 @@ class Attention(nn.Module):
         self.rescale_output_factor, self.residual_connection = rescale_output_factor, residual_connection
         self.added_kv_proj_dim, self.only_cross_attention = added_kv_proj_dim, only_cross_attention
         self.is_causal, self.use_bias, self.dropout = is_causal, bias, dropout
-        self.fused_projections = False
         self.attention_backend: str | None = None
         if only_cross_attention and added_kv_proj_dim is None:
             raise ValueError("only_cross_attention needs added_kv_proj_dim, or there would be nothing to attend to")
@@ -99,6 +95,11 @@ class Attention(nn.Module):
         if added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(added_kv_proj_dim, self.inner_kv_dim)
             self.add_v_proj = nn.Linear(added_kv_proj_dim, self.inner_kv_dim)
+        if added_kv_proj_dim is None:
+            joint, parts = (
+                ("to_kv", ("to_k", "to_v")) if self.is_cross_attention else ("to_qkv", ("to_q", "to_k", "to_v"))
+            )
+            self._fusible = {joint: parts}
         self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, self.out_dim, bias=out_bias), nn.Dropout(dropout)])
         self.set_processor(processor or self.default_processor())
 
@@ -115,7 +116,9 @@ class Attention(nn.Module):
         if "processor" in self._modules and not isinstance(processor, nn.Module):
             del self._modules["processor"]
         self.processor = processor
-        call = processor.forward if isinstance(processor, nn.Module) else processor.__call__  # type: ignore[operator]
+        call = processor
+        if isinstance(processor, nn.Module) and type(processor).__call__ is nn.Module.__call__:
+            call = processor.forward
         self._accepted = frozenset(inspect.signature(call).parameters)
 
     def get_processor(self) -> Processor:
@@ -193,13 +196,13 @@ class Attention(nn.Module):
             if not self.only_cross_attention:
                 k, v = torch.cat([k, self.to_k(x)], dim=1), torch.cat([v, self.to_v(x)], dim=1)
             return self.to_q(x), k, v
-        if self.fused_projections and not self.is_cross_attention and not given:
-            q, k, v = self.to_qkv(x).split([self.inner_dim, self.inner_kv_dim, self.inner_kv_dim], dim=-1)
-            return q, k, v
-        if self.fused_projections and self.is_cross_attention:
-            k, v = self.to_kv(context).chunk(2, dim=-1)
+        if self.is_cross_attention:
+            k, v = project(self, context, "to_kv")
             return self.to_q(x), k, v
-        return self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = project(self, x, "to_qkv")
+        if given:
+            _, k, v = project(self, context, "to_qkv")
+        return q, k, v
 
     def norm_encoder_hidden_states(self, encoder_hidden_states: Tensor) -> Tensor:
         """The context after ``cross_attention_norm``, if there is one."""
@@ -242,22 +245,6 @@ class Attention(nn.Module):
         base = query.new_empty(1, 1, 1) if attention_mask is None else attention_mask
         scores = torch.baddbmm(base, query, key.transpose(-1, -2), beta=beta, alpha=self.scale)
         return (scores.float() if self.upcast_softmax else scores).softmax(dim=-1).to(dtype)
-
-    @torch.no_grad()
-    def fuse_projections(self, fuse: bool = True) -> None:
-        """One matrix product for q, k, v (self-attention) or for k, v (cross-attention); ``False`` undoes it."""
-        self.fused_projections = fuse
-        for name in ("to_qkv", "to_kv"):
-            if name in self._modules:
-                delattr(self, name)
-        if fuse and self.added_kv_proj_dim is None:
-            parts = [self.to_k, self.to_v] if self.is_cross_attention else [self.to_q, self.to_k, self.to_v]
-            weight = torch.cat([p.weight for p in parts])
-            fused = nn.Linear(weight.shape[1], weight.shape[0], bias=self.use_bias, device="meta")
-            fused.weight = nn.Parameter(weight, requires_grad=parts[0].weight.requires_grad)
-            if self.use_bias:
-                fused.bias = nn.Parameter(torch.cat([p.bias for p in parts]))
-            setattr(self, "to_kv" if self.is_cross_attention else "to_qkv", fused)
 
 
 def _head_norm(kind: str | None, dim: int, eps: float) -> nn.Module | None:
