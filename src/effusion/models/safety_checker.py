@@ -26,6 +26,10 @@ class StableDiffusionSafetyChecker(PreTrainedModel):  # type: ignore[misc]
     config_class = CLIPConfig
     main_input_name = "clip_input"
     _no_split_modules = ["CLIPEncoderLayer"]
+    concept_embeds: Tensor
+    special_care_embeds: Tensor
+    concept_embeds_weights: Tensor
+    special_care_embeds_weights: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -38,7 +42,7 @@ class StableDiffusionSafetyChecker(PreTrainedModel):  # type: ignore[misc]
             ("special_care_embeds_weights", (3,)),
         ):
             setattr(self, name, nn.Parameter(torch.ones(shape), requires_grad=False))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

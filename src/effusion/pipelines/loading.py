@@ -165,7 +165,8 @@ def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: Pi
         if len(name) != 2 or not all(isinstance(part, str) for part in name):
             raise CheckpointError(f"{folder / INDEX}: `_class_name` must be a name or [file, name], not {name!r}")
         remote.consent(f"the pipeline {name[1]!r} of {folder}", options.trust_remote_code)
-        return remote.load_class(remote.read_folder(folder), *name, trusted=options.trust_remote_code)
+        file, class_name = name
+        return remote.load_class(remote.read_folder(folder), file, class_name, trusted=options.trust_remote_code)
     if cls.__name__ != "DiffusionPipeline":
         return cls
     if not isinstance(name, str):

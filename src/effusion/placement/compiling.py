@@ -16,4 +16,4 @@ def skip_code(code: types.CodeType) -> None:
         action = _frames._FrameAction
         _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
     else:
-        _frames.skip_code(code)
+        _frames.skip_code(code)  # type: ignore[attr-defined]

@@ -603,7 +603,7 @@ def _lent(tensor: Tensor, rest: Tensor) -> Tensor:
     if not isinstance(rest, nn.Parameter):
         return fresh
     if rest.requires_grad and torch.is_grad_enabled():
-        return _Straight.apply(rest, fresh)  # type: ignore[no-any-return]
+        return _Straight.apply(rest, fresh)  # type: ignore[no-any-return, no-untyped-call]
     lent = nn.Parameter(fresh, requires_grad=rest.requires_grad)  # as it rests, or compiled code compiles again
     if rest.__dict__:
         lent.__dict__.update(rest.__dict__)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -236,7 +237,7 @@ def _measure(device: torch.device) -> Rates:
 def _seconds(work: object, device: torch.device, budget: float = 0.1) -> float:
     """Best time of one run of ``work`` within about ``budget`` seconds."""
     assert callable(work)
-    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    sync: Any = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     best, start, runs = float("inf"), time.perf_counter(), 0
     while runs < 3 or time.perf_counter() - start < budget:
         sync()

@@ -82,7 +82,7 @@ def apply_group_offloading(
     on_disk = offload_to_disk_path is not None
     pinned = use_stream and not low_cpu_mem_usage and onload.type == "cuda" and offload.type == "cpu"
     home = "disk" if on_disk else "pinned" if pinned else "host"
-    options = {"kind": "group", "offload_type": kind.value, "use_stream": use_stream, "home": home}
+    options: dict[str, object] = {"kind": "group", "offload_type": kind.value, "use_stream": use_stream, "home": home}
     stream(
         module, groups, onload, home, 1 if use_stream else 0, options,
         folder=offload_to_disk_path, offload=offload, exclude=frozenset(exclude_kwargs or ()),

@@ -113,14 +113,14 @@ class MemorySwitches:
         no_split = getattr(self, "_no_split_modules", None) or ()
         return maps.apply_device_map(self, device_map, max_memory, offload_folder, no_split)
 
-    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[misc]
         """As ``nn.Module.to``; a device replaces the offloading policy, a dtype is what is computed with."""
         return moving.to(self, *args, **kwargs)  # type: ignore[return-value]
 
-    def cuda(self: Self, device: int | torch.device | None = None) -> Self:
+    def cuda(self: Self, device: int | torch.device | None = None) -> Self:  # type: ignore[misc]
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
-    def cpu(self: Self) -> Self:
+    def cpu(self: Self) -> Self:  # type: ignore[misc]
         return self.to("cpu")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

@@ -34,7 +34,8 @@ class Slot:
 
     @property
     def store(self) -> dict[str, Tensor | None]:
-        return self.module._buffers if self.is_buffer else self.module._parameters
+        found: Any = self.module._buffers if self.is_buffer else self.module._parameters
+        return found  # type: ignore[no-any-return]
 
     @property
     def tensor(self) -> Tensor:
@@ -184,7 +185,7 @@ def peeking_owners(root: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 def _peeked_children(module: nn.Module) -> list[tuple[nn.Module, str]]:
     found = []
-    for relative in peeked_names(type(module)):
+    for relative in peeked_names(type(module)):  # type: ignore[arg-type]
         try:
             child = module.get_submodule(relative)
         except AttributeError:
@@ -193,7 +194,7 @@ def _peeked_children(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def peeked_names(cls: type[Any]) -> tuple[str, ...]:
     """Children whose ``weight`` or ``bias`` the code of ``cls`` reads itself: ``("out_proj",)`` for attention."""
     found: dict[str, None] = {}

@@ -40,7 +40,8 @@ def orthogonalised(tensors: list[Tensor]) -> list[Tensor]:
 def matrices(module: nn.Module) -> list[nn.Parameter]:
     """The trainable weights of linear and convolution layers of ``module``: what Muon is for."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [m.weight for m in module.modules() if isinstance(m, kinds) and m.weight.requires_grad]
+    found = [m.weight for m in module.modules() if isinstance(m, kinds)]
+    return [p for p in found if isinstance(p, nn.Parameter) and p.requires_grad]
 
 
 class Muon(torch.optim.Optimizer):
