@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from examples import toy_family
 
 from effusion import DPMSolverMultistepScheduler, EulerDiscreteScheduler, ModularPipeline, UnsupportedTask
-from examples import toy_family
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.pipelines.tiny import tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import effusion
-from tests.pipelines.tiny import tokenizer
 
 SIZE = 32
 

@@ -179,7 +179,7 @@ def recast(engine: Engine) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         for layer, transform in engine.transforms.items():
-            for name, (storage, compute) in list(transform.casts.items()):
+            for name, (storage, _) in list(transform.casts.items()):
                 store = layer._parameters if name in layer._parameters else layer._buffers
                 tensor = store.get(name)
                 if tensor is None or tensor.dtype == storage or tensor.is_meta:
