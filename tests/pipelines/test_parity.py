@@ -19,6 +19,7 @@ from effusion.core import registry
 from .conftest import Checkpoints, Pipes
 from .inputs import generator, mask, picture, tensor
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__")  # the peer's schedulers with today's numpy
 RELATIVE = 1e-4  # of the largest value, in float32
 SD, SD_I2I, SD_INPAINT = (f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
 XL, XL_I2I, XL_INPAINT = (f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
@@ -306,17 +307,15 @@ def test_what_we_save_the_peer_loads(face: str, name: str, ours: Pipes, theirs: 
     assert dict(after.scheduler.config) == dict(before.scheduler.config)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("face", "name"), [(SD, "sd"), (XL, "xl"), (LCM, "lcm")])
-def test_half_precision_equals_the_peers(
-    face: str, name: str, dtype: torch.dtype, bound: float, checkpoint: Checkpoints
-) -> None:
-    """The same dtypes on the way; values as near as the dtype's own rounding allows."""
+def test_half_precision_equals_the_peers(face: str, name: str, dtype: torch.dtype, checkpoint: Checkpoints) -> None:
+    """The same dtypes on the way; values within two units in the last place of the largest."""
     pipes = [getattr(lib, face).from_pretrained(checkpoint(name), torch_dtype=dtype) for lib in (effusion, diffusers)]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     case = Case(name, face, name, {})
-    compare(*pipes, case, bound=bound)
+    compare(*pipes, case, bound=2 * torch.finfo(dtype).eps)
 
 
 def test_base_and_refiner_in_a_chain(ours: Pipes, theirs: Pipes) -> None:

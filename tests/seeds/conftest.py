@@ -37,8 +37,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         plain = torch.autocast
 
         class Autocast(plain):  # type: ignore[misc, valid-type]
-            def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-                super().__init__(_here(device_type), *args, **kwargs)
+            def __init__(self, device_type: str, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+                dtype = torch.float16 if device_type == "cuda" and dtype is None else dtype  # a GPU's default
+                super().__init__(_here(device_type), dtype, **kwargs)
 
         monkeypatch.setattr(torch, "autocast", Autocast)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)

@@ -26,6 +26,7 @@ logger = log.get_logger(__name__)
 INDEX = "model_index.json"
 # arguments that scripts pass to any pipeline class, whether it has them or not
 _HARMLESS = {"safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder", "add_watermarker"}
+_HARMLESS |= {"use_flash_attention_2"}  # the attention backend is chosen by `attention_backend`
 _IGNORED = {"provider", "sess_options", "return_cached_folder", "load_connected_pipeline", "mirror"}
 _CUSTOM = ("custom_pipeline", "custom_revision")
 
