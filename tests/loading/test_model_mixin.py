@@ -321,7 +321,17 @@ def test_auto_model_finds_ours_and_transformers(tmp_path: Path) -> None:
     config = effusion.AutoencoderKL.load_config(tmp_path / "vae")
     assert type(effusion.AutoModel.from_config(config)) is effusion.AutoencoderKL
     assert type(effusion.AutoModel.from_config(tmp_path, subfolder="vae")) is effusion.AutoencoderKL
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0, eos_token_id=1))  # fmt: skip
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
     text.save_pretrained(tmp_path / "text")
     assert type(effusion.AutoModel.from_pretrained(tmp_path / "text")) is CLIPTextModel
     with pytest.raises(MissingFile, match=r"config\.json"):

@@ -70,7 +70,9 @@ class MappedFile:
             return torch.empty(part.shape, dtype=part.dtype)
         if part.offset % part.dtype.itemsize:
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=part.nbytes, offset=part.offset)
-            return raw.clone().view(part.dtype).view(part.shape)
+            copy = raw.clone().view(part.dtype).view(part.shape)
+            self.release(part)
+            return copy
         count = part.nbytes // part.dtype.itemsize
         return torch.frombuffer(self._map, dtype=part.dtype, count=count, offset=part.offset).view(part.shape)
 

@@ -67,6 +67,7 @@ class Hit:
     names: tuple[str, ...]
     op: str = ""
     parts: tuple[int, ...] = ()
+    fused: tuple[str, ...] = ()  # from ours to theirs: all our names that are one there
 
 
 def translate(table: Sequence[Row], name: str, reverse: bool = False) -> Hit | None:
@@ -84,12 +85,15 @@ def translate(table: Sequence[Row], name: str, reverse: bool = False) -> Hit | N
         numbers, rest = found
         heads = tuple(_fill(t, numbers) for t in targets)
         if not source.endswith("."):
-            return Hit(heads, row.op, row.parts)
+            together = tuple(_fill(n, numbers) for n in row.names) if reverse and len(row.names) > 1 else ()
+            return Hit(heads, row.op, row.parts, together)
         if row.inside is None:
             return Hit(tuple(h + rest for h in heads), row.op)
         inner = translate(row.inside, rest, reverse)
         if inner is not None:
-            return Hit(tuple(heads[0] + n for n in inner.names), inner.op or row.op, inner.parts)
+            before = name[: len(name) - len(rest)]
+            names = tuple(heads[0] + n for n in inner.names)
+            return Hit(names, inner.op or row.op, inner.parts, tuple(before + n for n in inner.fused))
     return None
 
 
@@ -181,35 +185,13 @@ def to_theirs(state: Mapping[str, Tensor], table: Sequence[Row], prefix: str = "
     Raises:
         ValueError: a tensor that the layout has no name for.
     """
-    fused = {name: row for row in _flat(table) if len(row.names) > 1 for name in row.names[1:]}
+    hits = {name: translate(table, name, reverse=True) for name in state}
+    joined = {other for hit in hits.values() if hit is not None for other in hit.fused[1:]}
     out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if any(_ends_like(name, other) for other in fused):
-            continue
-        hit = translate(table, name, reverse=True)
-        if hit is None:
+    for name, hit in hits.items():
+        if hit is None and name not in joined:
             raise ValueError(f"{name} has no name in the original layout, so it can't be saved in it")
-        value = torch.cat([state[n] for n in siblings]) if (siblings := _siblings(table, name, state)) else tensor
-        out[prefix + hit.names[0]] = OPS[hit.op][1](value) if hit.op else value
+        if hit is not None and name not in joined:
+            value = torch.cat([state[n] for n in hit.fused]) if hit.fused else state[name]
+            out[prefix + hit.names[0]] = OPS[hit.op][1](value) if hit.op else value
     return out
-
-
-def _flat(table: Sequence[Row]) -> list[Row]:
-    return [r for row in table for r in ([row] if row.inside is None else [row, *_flat(row.inside)])]
-
-
-def _ends_like(name: str, tail: str) -> bool:
-    return re.search(r"(?:^|\.)" + r"\d+".join(map(re.escape, tail.split("{}"))) + "$", name) is not None
-
-
-def _siblings(table: Sequence[Row], name: str, state: Mapping[str, Tensor]) -> list[str]:
-    """All our names that are fused with ``name`` in theirs, in order; empty if it is alone."""
-    for row in _flat(table):
-        if len(row.names) > 1 and _ends_like(name, row.names[0]):
-            found = re.search(r"\d+".join(map(re.escape, row.names[0].split("{}"))) + "$", name)
-            assert found is not None
-            numbers = re.findall(r"\d+", found[0]) if "{}" in row.names[0] else []
-            names = [name[: found.start()] + _fill(n, numbers) for n in row.names]
-            if all(n in state for n in names):
-                return names
-    return []
