@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_order_of_convergence(name: str, options: dict[str, Any], order: int, ca
     else:
         grid = [6 * k * max(1, calls if name.endswith("Singlestep") else 1) + 1 for k in (4, 8, 16)]
     errors = [error_after(name, options, n, calls, exact_start) for n in grid]
-    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    measured = [math.log2(a / b) for a, b in pairwise(errors)]
     assert measured[-1] == pytest.approx(order, abs=0.35), f"errors {errors}, orders {measured}"
 
 

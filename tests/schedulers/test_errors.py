@@ -107,9 +107,9 @@ def test_a_run_that_is_over_and_strange_timesteps() -> None:
         s.step(X, torch.tensor(5.0), X)
     with pytest.raises(ValueError, match="integer"):
         s.step(X, 0, X)
+    d = effusion.DDIMScheduler()
+    d.set_timesteps(4)
     with pytest.raises(ValueError, match="0 to 999"):
-        d = effusion.DDIMScheduler()
-        d.set_timesteps(4)
         d.step(X, 1000, X)
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (one line per case)
 """Samplers by the names of other programs, their page, and the picture."""
 
 from __future__ import annotations
