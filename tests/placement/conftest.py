@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ from effusion.placement.engine import engine_of
 def _calm() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+    gc.collect()
     for found in lane._lanes.values():
+        found.sweep()
         assert found.arena is None or found.arena.idle, "room in the ring was not given back"
         assert found.outside == 0, "memory beside the ring was not given back"
 

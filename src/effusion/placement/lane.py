@@ -7,11 +7,12 @@ reads straight into the ring. Nothing is ever copied back.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Cargo:
     nbytes: int
     fetched: Future[Any] | None = None
     ready: Any = None  # event on the copy stream
-    held: list[Any] = field(default_factory=list)
+    lost: Any = None  # finalizer: what to do with the room if nobody gives it back
 
     def current(self, rests: Sequence[Tensor]) -> bool:
         """Whether it still is what rests in the modules (and not what was there when it set out)."""
@@ -70,12 +71,14 @@ class Lane:
         self.transferred = 0  # bytes, in total
         self.outside = 0  # bytes of cargo in memory of its own, now
         self.streams = streams_of(device)
+        self._lost: list[tuple[Room | None, int]] = []  # of cargo whose component is gone
 
     # -- room --------------------------------------------------------------------------------------
 
     def reserve(self, capacity: int) -> None:
         """Make the ring ``capacity`` bytes at least, if nothing is in it."""
         with self.lock:
+            self.sweep()
             if capacity and (self.arena is None or (self.arena.capacity < capacity and self.arena.idle)):
                 self.arena = None
                 self.arena = Arena(capacity, self.device)
@@ -83,9 +86,22 @@ class Lane:
     def release(self) -> None:
         """Give the ring back, unless it is in use."""
         with self.lock:
+            self.sweep()
             if self.arena is not None and self.arena.idle:
                 self.arena = None
             self.streams.release()
+
+    def sweep(self) -> None:
+        """Give back the room of cargo that was still on its way when its component was thrown away."""
+        with self.lock:
+            if self._lost:
+                self.streams.drain()
+            while self._lost:
+                room, nbytes = self._lost.pop()
+                if room is None:
+                    self.outside -= nbytes
+                elif self.arena is not None:
+                    self.arena.give(room)
 
     @property
     def held(self) -> int:
@@ -137,6 +153,7 @@ class Lane:
                 else:
                     strays.append((tensors[index], rest.detach()))
         cargo = Cargo(rests, [version(r) for r in rests], tensors, room, nbytes)
+        cargo.lost = weakref.finalize(cargo, self._lost.append, (room, nbytes))
         self.transferred += nbytes
         at_once = nbytes < SMALL or not ahead or all(self._is_pinned(piece) for piece in pieces)
         try:
@@ -206,11 +223,10 @@ class Lane:
     def leave(self, cargo: Cargo) -> None:
         """The computation with ``cargo`` is queued or done (or will never be): its room is free again."""
         if cargo.fetched is not None and not cargo.fetched.cancel():
-            try:
+            with contextlib.suppress(Exception):  # told to whoever needed it; here it is not needed any more
                 cargo.fetched.result()
-            except Exception:  # noqa: S110 - told to whoever needed it; here it is not needed any more
-                pass
         cargo.fetched = None
+        cargo.lost.detach()
         if cargo.ready is not None:
             self.streams.wait(cargo.ready)
         with self.lock:
@@ -269,6 +285,9 @@ class NoStreams:
     def release(self) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def copy(self, buffer: Tensor, pieces: list[Piece], strays: list[Any], after: list[Any], fill: Any) -> Any:
         if pieces:
             first, last = pieces[0].start, pieces[-1].start + pieces[-1].nbytes
@@ -297,6 +316,11 @@ class CudaStreams:
 
     def wait(self, event: Any) -> None:
         self.api.current_stream(self.device).wait_event(event)
+
+    def drain(self) -> None:
+        """Wait until nothing is being copied."""
+        if self._copy is not None:
+            self._copy.synchronize()
 
     def release(self) -> None:
         with self._lock:
