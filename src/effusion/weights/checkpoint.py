@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import hub
 from ..core.errors import CheckpointError, HubSilent, MissingFile
-from . import torch_file
+from . import gguf_file, torch_file
 from .safetensors_file import SafetensorsFile, unique_keys
 from .slices import TensorSlice
 
@@ -56,7 +56,7 @@ class Checkpoint(Mapping[str, Entry]):
     def __init__(
         self,
         entries: Mapping[str, Entry],
-        files: Mapping[Path, SafetensorsFile] | None = None,
+        files: Mapping[Path, SafetensorsFile | gguf_file.GGUFFile] | None = None,
         label: str = "the state dictionary",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
@@ -137,7 +137,7 @@ def _dot(text: str | None) -> str:
 
 
 def open_file(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open one weights file, of the safetensors format or of torch's (in a child process)."""
+    """Open one weights file: safetensors, GGUF, or one of torch's (in a child process)."""
     return open_files([Path(path)])[0]
 
 
@@ -147,9 +147,29 @@ def open_files(paths: Sequence[Path]) -> list[Checkpoint]:
     place = dict(zip(pickled, torch_file.converted(pickled), strict=True)) if pickled else {}
     opened = []
     for path in paths:
+        if _starts_with(path, gguf_file.MAGIC):
+            opened.append(_open_gguf(path))
+            continue
         file = SafetensorsFile(place.get(path, path))
         opened.append(Checkpoint(file.slices, {file.path: file}, str(path), file.metadata))
     return opened
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    """A GGUF file: plain tensors as slices, packed ones computed (to float32) when they are asked for."""
+    file = gguf_file.GGUFFile(path)
+    entries: dict[str, Entry] = {}
+    for name, part in file.slices.items():
+        unpack = file.unpacker(name)
+        plain = replace(part, shape=file.shapes[name]) if unpack is None else part
+        entries[name] = plain if unpack is None else Computed((part,), unpack, torch.float32, file.shapes[name])
+    texts = {k: v for k, v in file.metadata.items() if isinstance(v, str)}
+    return Checkpoint(entries, {file.path: file}, str(path), texts)
 
 
 def open_checkpoint(
@@ -214,7 +234,7 @@ def open_index(path: Path, repo: str | os.PathLike[str] | None = None, **where: 
     found = hub.sibling_files(path, shards, repo, **where)
     opened = dict(zip(shards, open_files([found[name] for name in shards]), strict=True))
     entries: dict[str, Entry] = {}
-    files: dict[Path, SafetensorsFile] = {}
+    files: dict[Path, SafetensorsFile | gguf_file.GGUFFile] = {}
     for tensor, shard in shard_of.items():
         if tensor not in opened[shard]:
             raise CheckpointError(f"{path} says that tensor {tensor!r} is in {shard}, but it is not")

@@ -1,0 +1,163 @@
+"""The GGUF format (ggml, 2023): a validated header, plain tensors mapped, packed ones unpacked when they are read.
+
+Layout: ``GGUF``, version, counts, metadata, one record for each tensor, then the data at aligned offsets.
+Sizes of blocks and the arithmetic of unpacking come from the package ``gguf``.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import CheckpointError
+from ..core.optional import require
+from .slices import MappedFile, TensorSlice
+
+MAGIC = b"GGUF"
+_MAX_TENSORS, _MAX_FIELDS, _MAX_TEXT, _MAX_ITEMS = 200_000, 100_000, 16 << 20, 4 << 20
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_PLAIN = {
+    0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64,
+    24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64,
+}  # fmt: skip
+
+
+class GGUFFile:
+    """One GGUF file: ``metadata``, ``slices`` of raw bytes, ``kinds`` of packing, ``shapes`` once unpacked."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._mapped = MappedFile(self.path)
+        self._at = 0
+        try:
+            self._parse()
+        except (struct.error, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.path}: a truncated or damaged GGUF file ({error})") from error
+
+    def _parse(self) -> None:
+        magic, version, tensors, fields = struct.unpack("<4sIQQ", self._take(24))
+        if magic != MAGIC or version not in (2, 3):
+            raise CheckpointError(f"{self.path}: no GGUF file of version 2 or 3 ({magic!r}, {version})")
+        if tensors > _MAX_TENSORS or fields > _MAX_FIELDS:
+            raise CheckpointError(f"{self.path}: claims {tensors} tensors and {fields} fields; that is no real file")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(fields):
+            name = self._text()
+            if name in self.metadata:
+                raise CheckpointError(f"{self.path}: the field {name!r} is there twice")
+            self.metadata[name] = self._value(self._number("I"))
+        records = [self._record() for _ in range(tensors)]
+        self._place(records)
+
+    def _take(self, size: int) -> bytes:
+        if size > self._mapped.size - self._at:
+            raise CheckpointError(f"{self.path}: truncated: {size} bytes wanted at {self._at} of {self._mapped.size}")
+        self._at += size
+        return self._mapped.bytes(self._at - size, self._at)
+
+    def _number(self, kind: str) -> Any:
+        return struct.unpack("<" + kind, self._take(struct.calcsize(kind)))[0]
+
+    def _text(self) -> str:
+        size = self._number("Q")
+        if size > _MAX_TEXT:
+            raise CheckpointError(f"{self.path}: a text of {size} bytes; at most {_MAX_TEXT} are allowed")
+        return self._take(size).decode("utf-8")
+
+    def _value(self, kind: int, nested: bool = False) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY or nested:
+            raise CheckpointError(f"{self.path}: a field of the unknown type {kind}")
+        inner, count = self._number("I"), self._number("Q")
+        if count > _MAX_ITEMS:
+            raise CheckpointError(f"{self.path}: a list of {count} entries; at most {_MAX_ITEMS} are allowed")
+        return [self._value(inner, nested=True) for _ in range(count)]
+
+    def _record(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, axes = self._text(), self._number("I")
+        if axes > 8:
+            raise CheckpointError(f"{self.path}: tensor {name!r} has {axes} axes")
+        sizes = struct.unpack(f"<{axes}Q", self._take(8 * axes))
+        kind, offset = self._number("I"), self._number("Q")
+        return name, tuple(reversed(sizes)), kind, offset
+
+    def _place(self, records: list[tuple[str, tuple[int, ...], int, int]]) -> None:
+        align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or not 1 <= align <= 1 << 20:
+            raise CheckpointError(f"{self.path}: alignment {align!r}")
+        start = -(-self._at // align) * align
+        self.slices: dict[str, TensorSlice] = {}
+        self.kinds: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        end = start
+        for name, shape, kind, offset in sorted(records, key=lambda record: record[3]):
+            where = f"{self.path}: tensor {name!r}"
+            nbytes, dtype = self._size(where, shape, kind)
+            if name in self.slices:
+                raise CheckpointError(f"{where} is there twice")
+            if start + offset < end:
+                raise CheckpointError(f"{where} overlaps its neighbour")
+            end = start + offset + nbytes
+            if end > self._mapped.size:
+                raise CheckpointError(
+                    f"{where} reaches to {end}, the file has {self._mapped.size} bytes: it is truncated"
+                )
+            packed = kind not in _PLAIN
+            self.slices[name] = TensorSlice(self.path, start + offset, nbytes, dtype, (nbytes,) if packed else shape)
+            self.kinds[name] = kind
+            self.shapes[name] = self._original(name, shape)
+
+    def _size(self, where: str, shape: tuple[int, ...], kind: int) -> tuple[int, torch.dtype]:
+        if kind in _PLAIN:
+            return prod(shape) * _PLAIN[kind].itemsize, _PLAIN[kind]
+        constants = require("gguf", "reading GGUF files").constants
+        sizes = {int(k): v for k, v in constants.GGML_QUANT_SIZES.items()}
+        if kind not in sizes or not shape:
+            raise CheckpointError(f"{where}: packing {kind} of shape {list(shape)} is unknown")
+        block, size = sizes[kind]
+        if shape[-1] % block:
+            raise CheckpointError(f"{where}: rows of {shape[-1]} do not divide into blocks of {block}")
+        return prod(shape) // block * size, torch.uint8
+
+    def _original(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape before packing, which some programs note because rows had to be regrouped."""
+        noted = self.metadata.get(f"comfy.gguf.orig_shape.{name}")
+        if noted is None:
+            return shape
+        if not isinstance(noted, list) or prod(noted) != prod(shape):
+            raise CheckpointError(f"{self.path}: {name!r} notes the shape {noted}, which does not fit {list(shape)}")
+        return tuple(int(n) for n in noted)
+
+    def read(self, part: TensorSlice, mapped: bool = True) -> Tensor:
+        """The raw tensor of a slice of this file."""
+        return self._mapped.tensor(part) if mapped else part.read()
+
+    def release(self, part: TensorSlice) -> None:
+        """Drop the pages that reading ``part`` brought in."""
+        self._mapped.release(part)
+
+    def unpacker(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What turns the bytes of tensor ``name`` into float32 values, or ``None`` if it is stored plainly."""
+        kind, shape = self.kinds[name], self.shapes[name]
+        if kind in _PLAIN:
+            return None
+        gguf = require("gguf", "reading GGUF files")
+
+        def unpack(raw: Tensor) -> Tensor:
+            if raw.is_meta:
+                return torch.empty(shape, device="meta")
+            values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(kind))
+            return torch.from_numpy(values).reshape(shape)
+
+        return unpack
