@@ -306,7 +306,7 @@ MISTAKES: list[tuple[str, str, str, dict[str, Any], str]] = [
     ("no mask", SD_INPAINT, "sd", {"image": picture()}, "`mask_image` is missing"),
     ("no picture", SD_INPAINT, "sd", {"mask_image": mask()}, "`image` is missing"),
     ("pooled", XL, "xl", {"prompt": None, "prompt_embeds": tensor(1, 77, 64)}, "without `pooled_prompt_embeds`"),
-    ("second prompt", XL, "xl", {"prompt": None, "prompt_2": "x", "prompt_embeds": tensor(1, 7, 64)}, "both `prompt_2`"),
+    ("second prompt", XL, "xl", {"prompt": None, "prompt_2": "x", "prompt_embeds": tensor(1, 7, 64)}, "`prompt_2`"),
     ("fraction", XL, "xl", {"denoising_end": 1.5}, r"`denoising_end` has to be a float between 0 and 1, got 1.5"),
     (
         "order", XL_INPAINT, "xl",

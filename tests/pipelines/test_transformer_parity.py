@@ -30,6 +30,8 @@ CONTROL = {
     "controlnet_conditioning_scale": 0.7,
     "num_inference_steps": 4,
 }
+
+
 QWEN = {
     **SMALL,
     "prompt": None,
@@ -126,6 +128,31 @@ def test_several_control_networks_equal_the_peers(ours: Pipes, theirs: Pipes) ->
         pipe.set_progress_bar_config(disable=True)
         found.append(pipe)
     compare(*found, Case("", "", "", call))
+
+
+@pytest.mark.parametrize(
+    ("face", "name", "more"),
+    [
+        ("StableDiffusion3ControlNetPipeline", "sd3-controlnet", TWO),
+        (
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            "sd3-controlnet-mask",
+            {"control_mask": mask, "control_guidance_end": 0.6},
+        ),
+    ],
+)
+def test_sd3_with_a_control_network_equals_the_peers(
+    face: str, name: str, more: dict[str, Any], ours: Pipes, theirs: Pipes
+) -> None:
+    """The control picture's latents are drawn with the global generator, so that is seeded before each run."""
+    found = []
+    for pipe in (ours(face, name), theirs(face, name)):
+        torch.manual_seed(11)
+        found.append(run(pipe, Case("", face, name, {**SMALL, **CONTROL, **more}).inputs()))
+    (a, x), (b, y) = found
+    assert len(a) == len(b) > 0
+    assert max(relative(p, q) for p, q in zip(a, b, strict=True)) <= RELATIVE
+    assert relative(x.images, y.images) <= RELATIVE
 
 
 def test_redux_equals_the_peers(ours: Pipes, theirs: Pipes) -> None:
@@ -233,10 +260,12 @@ def test_every_face_of_these_families_is_tried_here() -> None:
         "flux-control",
         "flux-kontext",
         "stable-diffusion-3",
+        "stable-diffusion-3-controlnet",
         "qwenimage",
         "pixart-alpha",
     )
     listed = {name for family in families for name in FACES[family].values()}
     tried = {case.face for case in [*CASES, *SILENT]} | {"StableDiffusion3InpaintPipeline"}
+    tried |= {"StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"}
     assert listed <= tried
     assert all(inspect.isclass(getattr(effusion, name)) for name in listed)

@@ -116,6 +116,17 @@ def stable_diffusion_3(folder: Path, in_channels: int = 16) -> dict[str, Any]:
     }
 
 
+def sd3_controlnet(folder: Path, extra: int = 0) -> dict[str, Any]:
+    """Components of a tiny Stable Diffusion 3 with a control network, ``extra`` channels for the mask."""
+    torch.manual_seed(3)
+    controlnet = diffusers.SD3ControlNetModel(
+        sample_size=16, patch_size=2, in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=16,
+        pos_embed_max_size=48, extra_conditioning_channels=extra, force_zeros_for_pooled_projection=extra == 0,
+    )  # fmt: skip
+    return stable_diffusion_3(folder) | {"controlnet": shaken(controlnet)}
+
+
 def qwen_image() -> dict[str, Any]:
     """Components of a tiny Qwen-Image without its text encoder: calls give embeddings."""
     torch.manual_seed(0)
@@ -173,6 +184,8 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "flux-redux": lambda f: diffusers.FluxPriorReduxPipeline(**redux()),
     "sd3": lambda f: diffusers.StableDiffusion3Pipeline(**stable_diffusion_3(f)),
     "sd3-33": lambda f: diffusers.StableDiffusion3InpaintPipeline(**stable_diffusion_3(f, 33)),
+    "sd3-controlnet": lambda f: diffusers.StableDiffusion3ControlNetPipeline(**sd3_controlnet(f)),
+    "sd3-controlnet-mask": lambda f: diffusers.StableDiffusion3ControlNetInpaintingPipeline(**sd3_controlnet(f, 1)),
     "qwen": lambda f: diffusers.QwenImagePipeline(**qwen_image()),
     "qwen-edit": lambda f: diffusers.QwenImageEditPipeline(**qwen_image(), processor=None),
     "pixart-alpha": lambda f: diffusers.PixArtAlphaPipeline(**pixart(f, alpha=True)),

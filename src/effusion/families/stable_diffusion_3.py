@@ -13,8 +13,9 @@ from ..blocks.text import Prompt, check_pooled, check_prompts, check_tokens
 from ..blocks.timesteps import retrieve_timesteps, start_at_strength
 from ..core.types import ModelInput
 from . import stable_diffusion as sd
-from .base import Family, predict, setting, with_channels
+from .base import TASKS, Family, predict, setting, with_channels
 from .flux import shift_of
+from .stable_diffusion_3_control import SD3_STARTS
 from .stable_diffusion_3_text import encode
 
 MAX_TOKENS = 512
@@ -127,9 +128,13 @@ STABLE_DIFFUSION_3 = Family(
     condition=condition,
     schedule=set_timesteps,
     resizes_image=True,
+    starts=SD3_STARTS,
+    tasks=(*TASKS, *SD3_STARTS),
     defaults={
         "text2image": {"num_inference_steps": 28, "guidance_scale": 7.0},
         "image2image": {"num_inference_steps": 50, "guidance_scale": 7.0, "strength": 0.6},
+        "controlnet": {"num_inference_steps": 28, "guidance_scale": 7.0},
+        "controlnet_inpaint": {"num_inference_steps": 28, "guidance_scale": 7.0},
         "inpaint": {"num_inference_steps": 50, "guidance_scale": 7.0, "strength": 0.6},
     },
 )

@@ -32,6 +32,10 @@ FACES: dict[str, dict[str, str]] = {
     "pixart-alpha": {"text2image": "PixArtAlphaPipeline"},
     "pixart-sigma": {"text2image": "PixArtSigmaPipeline"},
     "dit": {"text2image": "DiTPipeline"},
+    "stable-diffusion-3-controlnet": {
+        "text2image": "StableDiffusion3ControlNetPipeline",
+        "inpaint": "StableDiffusion3ControlNetInpaintingPipeline",
+    },
     "flux": {
         "text2image": "FluxPipeline",
         "image2image": "FluxImg2ImgPipeline",
