@@ -97,6 +97,19 @@ def check_pooled(
             )
 
 
+def check_second_prompt(
+    prompt_2: Prompt, prompt_embeds: Tensor | None, negative_prompt_2: Prompt, negative_embeds: Tensor | None
+) -> None:
+    """Text for a second encoder excludes embeddings, which stand for both.
+
+    Raises:
+        ValueError: both are given.
+    """
+    for name, text, embeds in (("", prompt_2, prompt_embeds), ("negative_", negative_prompt_2, negative_embeds)):
+        if text is not None and embeds is not None:
+            raise ValueError(f"both `{name}prompt_2` and `{name}prompt_embeds` were given; give one of them")
+
+
 def check_tokens(max_sequence_length: int | None, most: int) -> None:
     if max_sequence_length is not None and not 0 < max_sequence_length <= most:
         raise ValueError(

@@ -59,6 +59,15 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"`strength` has to be between 0 and 1, got {strength}")
 
 
+def check_range(denoising_start: float | None, denoising_end: float | None) -> None:
+    """The part of the denoising to do, for a base model and its refiner: fractions in order."""
+    for name, fraction in (("denoising_start", denoising_start), ("denoising_end", denoising_end)):
+        if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
+            raise ValueError(f"`{name}` has to be a float between 0 and 1, got {fraction!r}")
+    if denoising_start is not None and denoising_end is not None and denoising_start >= denoising_end:
+        raise ValueError(f"`denoising_start` {denoising_start} must come before `denoising_end` {denoising_end}")
+
+
 def start_at_strength(scheduler: Any, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
     """The last ``strength`` part of the schedule (SDEdit, Meng et al. 2021), and how many steps it has."""
     kept = num_inference_steps * strength

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks.text import Prompt, as_list, check_pooled, tokenize
+from ..blocks.text import Prompt, as_list, check_pooled, check_second_prompt, tokenize
+from ..blocks.timesteps import check_range
 from ..core.types import Cond, ModelInput
 from . import stable_diffusion as sd
 from .base import Family, predict, setting, with_channels
@@ -39,18 +40,9 @@ def check(
     ip_adapter_image_embeds: Any = None,
 ) -> dict[str, Any]:
     """Validate the call; work out batch, size and whether there is a negative branch."""
-    for name, text, embeds in (
-        ("prompt_2", prompt_2, prompt_embeds),
-        ("negative_prompt_2", negative_prompt_2, negative_prompt_embeds),
-    ):
-        if text is not None and embeds is not None:
-            raise ValueError(f"both `{name}` and `{name[:-2]}_embeds` were given; give one of them")
+    check_second_prompt(prompt_2, prompt_embeds, negative_prompt_2, negative_prompt_embeds)
     check_pooled(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
-    for name, fraction in (("denoising_start", denoising_start), ("denoising_end", denoising_end)):
-        if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
-            raise ValueError(f"`{name}` has to be a float between 0 and 1, got {fraction!r}")
-    if denoising_start is not None and denoising_end is not None and denoising_start >= denoising_end:
-        raise ValueError(f"`denoising_start` {denoising_start} must come before `denoising_end` {denoising_end}")
+    check_range(denoising_start, denoising_end)
     return sd.check(
         family, components, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, height, width, strength,
         guidance_scale, num_images_per_prompt, output_type, ip_adapter_image, ip_adapter_image_embeds,
@@ -154,10 +146,9 @@ def condition(
         negative = positive
     elif ends[0] == target and task != "text2image":
         negative = (*(negative_original_size or original), *crops_coords_top_left, *ends[1])
-    _check_ids(components[family.denoiser], components, conds["positive"], len(positive))
+    _check_ids(components[family.denoiser], conds["positive"], len(positive))
     numbers = [negative, positive] if "negative" in conds else [positive]
-    dtype = latents.dtype
-    ids = torch.tensor(numbers, dtype=dtype, device=device)
+    ids = torch.tensor(numbers, dtype=latents.dtype, device=device)
     # In text2image the ecosystem tiles the branches together (negative, positive, negative, …), which differs
     # when the two have different sizes and there are several images; kept, for the same numbers.
     ids = ids.repeat(batch, 1) if task == "text2image" else ids.repeat_interleave(batch, dim=0)
@@ -168,14 +159,12 @@ def condition(
     return {"conds": made, **sd.embed_guidance(family, components, device, batch, latents, guidance_scale)}
 
 
-def _check_ids(unet: Any, components: Mapping[str, Any], cond: Cond, count: int) -> None:
+def _check_ids(unet: Any, cond: Cond, count: int) -> None:
     """Does the network expect as many conditioning numbers as the pipeline gives?"""
-    embedding = getattr(unet, "add_embedding", None)
-    if embedding is None or cond.pooled is None:
+    if cond.pooled is None or not hasattr(unet, "add_embedding"):
         return
     given = setting(unet, "addition_time_embed_dim") * count + cond.pooled.shape[-1]
-    expected = embedding.linear_1.in_features
-    if given != expected:
+    if given != (expected := unet.add_embedding.linear_1.in_features):
         raise ValueError(
             f"this UNet takes {expected} conditioning features, the pipeline makes {given} of {count} numbers; "
             "check `requires_aesthetics_score` in the pipeline's configuration (true for refiners) and `text_encoder_2`"
@@ -184,15 +173,14 @@ def _check_ids(unet: Any, components: Mapping[str, Any], cond: Cond, count: int)
 
 def call(unet: Any, inputs: ModelInput) -> Tensor:
     """Predict with a UNet that takes pooled text and sizes beside the text tokens."""
-    cond = inputs.cond
     return predict(
         unet,
         with_channels(inputs),
         inputs.t,
-        encoder_hidden_states=cond.tokens,
+        encoder_hidden_states=inputs.cond.tokens,
         timestep_cond=inputs.guidance,
         cross_attention_kwargs=inputs.attention,
-        added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.extras["time_ids"]},
+        added_cond_kwargs={"text_embeds": inputs.cond.pooled, "time_ids": inputs.cond.extras["time_ids"]},
     )
 
 
