@@ -276,7 +276,7 @@ class Engine:
                 self._drop(unit)
 
     def _lend(self, unit: Unit) -> None:
-        if unit.row.keep:
+        if unit.row.keep or self.policy["kind"] == "plan":  # a plan's peak counts on others being gone
             room_on(unit.device).enter(self)
         lane = lane_to(unit.device)
         slots, rests = self._travelling(unit)

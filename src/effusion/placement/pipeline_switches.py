@@ -13,13 +13,14 @@ from ..core import log
 from ..core.errors import PlanConflict
 from . import casting, device_map, homes, machine, moving, policies
 from .engine import engine_of, room_on
+from .pipeline_plan import PlanSwitches
 from .units import all_slots
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="PipelineSwitches")
 
 
-class PipelineSwitches:
+class PipelineSwitches(PlanSwitches):
     """For classes with ``components``: a mapping of names to networks and other things."""
 
     @property

@@ -1,0 +1,139 @@
+"""Plans are data; planning is a pure function; a budget is kept and the picture stays the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effusion.core.errors import BudgetError, PlanConflict
+from effusion.placement import lane, planner
+from effusion.placement.engine import engine_of
+from effusion.placement.plan import Plan, Row, Stage, parse_size, size_text
+
+from . import tiny_pipelines as tiny
+
+SPEED = planner.Speed(1e9, 1e8)
+
+
+def part(name: str = "net", blocks: int = 8, size: int = 1000, activations: int = 500, **more: Any) -> planner.Part:
+    units = tuple((f"blocks.{i}", size) for i in range(blocks))
+    leaves = tuple((f"blocks.{i}.{k}", size // 4) for i in range(blocks) for k in range(4))
+    return planner.Part(name, units, leaves, activations, **{"flops": 1e6, "passes": 4, **more})
+
+
+def test_plans_survive_json_and_print() -> None:
+    made = planner.plan([part(), part("vae", 2)], 30_000, None, "cpu", SPEED)
+    again = Plan.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again == made and again.exact
+    assert "net" in str(made) and "peak" in str(made)
+    with pytest.raises(ValueError, match="no fields"):
+        Plan.from_dict({**made.to_dict(), "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"home": "cloud"}, ValueError),
+        ({"ahead": -1}, ValueError),
+        ({"home": "pinned"}, PlanConflict),
+    ],
+)
+def test_rows_that_cant_be(row: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Row(**{"unit": "a/b", "nbytes": 1, "home": "host", "device": "cpu", **row})
+
+
+def test_exactness_is_said() -> None:
+    row = Row("a/b", 10, "host", "cpu")
+    assert Plan((row,)).exact
+    assert not Plan((Row("a/b", 10, "host", "cpu", form="float8_e4m3fn"),)).exact
+    assert not Plan((row,), switches={"vae_tiling": True}).exact
+    assert Plan((row,), stages=(Stage("a", 5, 6, 7),)).peak == 18
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("6GB", 6 * 10**9), ("5.5 GiB", 5905580032), (100, 100), ("800mb", 8 * 10**8), ("7", 7)]
+)
+def test_sizes(text: Any, value: int) -> None:
+    assert parse_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "six", "6 parsec", "-1GB", 0, "0", None, True, float("nan"), float("inf"), [6]])
+def test_nonsense_sizes(text: Any) -> None:
+    with pytest.raises(ValueError, match="memory="):
+        parse_size(text)
+
+
+def test_sizes_print() -> None:
+    assert [size_text(n) for n in (12, 1500, 2_500_000, 6e9, 3e12)] == [
+        "12 B",
+        "1.50 KB",
+        "2.50 MB",
+        "6.00 GB",
+        "3.00 TB",
+    ]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1000, 40_000), st.lists(st.tuples(st.integers(1, 9), st.integers(40, 4000)), min_size=1, max_size=4))
+def test_budgets_are_kept_and_more_is_never_slower(memory: int, shapes: list[tuple[int, int]]) -> None:
+    parts = [part(f"p{i}", blocks, size) for i, (blocks, size) in enumerate(shapes)]
+    try:
+        made = planner.plan(parts, memory, None, "cpu", SPEED)
+    except BudgetError:
+        assert max(planner.least(p) for p in parts) > memory
+        return
+    slack = 2 * 5000  # rounding of the ring's rooms, counted in full
+    assert made.peak <= memory + (slack if any(s.ring for s in made.stages) else 0)
+    for p in parts:
+        assert sum(r.nbytes for r in made.of(p.name)) in (p.nbytes, sum(n for _, n in p.leaves))
+    assert planner.plan(parts, memory * 2, None, "cpu", SPEED).seconds <= made.seconds
+
+
+def test_what_fits_is_kept_and_spread() -> None:
+    p = part(blocks=10, size=100_000, activations=0)
+    made = planner.plan([p], 700_000, None, "cpu", SPEED)
+    kept = [i for i, r in enumerate(made.rows) if not r.travels]
+    assert 3 <= len(kept) <= 5
+    assert max(b - a for a, b in itertools.pairwise(kept)) <= 4, "kept blocks lie in one lump"
+
+
+def test_a_pipeline_in_less_and_less_memory(tmp_path: Path) -> None:
+    """Predicted before weights are read, kept in the ring, the same bits; too little is refused with the least."""
+    tiny.save("sd", tmp_path)
+    pipe = tiny.load("sd", tmp_path)
+    wanted = tiny.run("sd", pipe)
+    size = {"height": tiny.SIZE, "width": tiny.SIZE, "batch_size": 2, "num_inference_steps": 2, "device": "cpu"}
+    everything = pipe.plan("1GB", **size)
+    assert not everything.notes, everything.notes
+    assert everything.exact and not any(r.travels for r in everything.rows)
+    assert {s.name for s in everything.stages} == {"text_encoder", "unet", "vae"}
+    assert all(s.activations > 0 for s in everything.stages)
+    weights = {n: sum(r.nbytes for r in everything.of(n)) for n in pipe.modules}
+    with pytest.raises(BudgetError) as refused:
+        pipe.plan(1000, **size)
+    assert "needs" in str(refused.value)
+    for part_of_it in (0.98, 0.7):
+        budget = int(max(s.activations + part_of_it * weights[s.name] for s in everything.stages))
+        made = pipe.fit(budget, **size)
+        assert made.peak <= budget
+        assert any(r.travels for r in made.rows)
+        assert torch.equal(tiny.run("sd", pipe), wanted)
+        ring = lane.lane_to(torch.device("cpu"))
+        assert ring.arena is None or ring.arena.capacity <= max(s.ring for s in made.stages) + 4096
+    pipe.apply(everything)
+    assert all(engine_of(m) is None for m in pipe.modules.values())
+    assert torch.equal(tiny.run("sd", pipe), wanted)
+    with pytest.raises(PlanConflict, match="rows for"):
+        pipe.apply(Plan((Row("nobody/x", 1, "host", "cpu"),)))
+    with pytest.raises(ValueError, match="quality"):
+        pipe.plan("1GB", quality="great")
+    again = tiny.load("sd", tmp_path, memory="1GB")
+    assert torch.equal(tiny.run("sd", again), wanted)
