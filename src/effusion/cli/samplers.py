@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Run = Callable[[Any, int], Tensor]  # (scheduler, steps) -> the sample it ends with
 
-BUDGETS = (5, 8, 12, 20, 35, 60)  # calls of the network
+BUDGETS = (5, 8, 12, 20, 40)  # calls of the network
 REFERENCE = ("DPM++ 2M", 1000)
 # what follows the probability-flow ODE; a stochastic sampler has no single end to be compared with
 DETERMINISTIC = ("Euler", "Heun", "DPM2", "LMS", "DDIM", "PLMS", "DPM++ 2M", "DPM++ 3M", "DPM++ 2S", "UniPC", "DEIS")
