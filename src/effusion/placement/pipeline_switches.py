@@ -119,7 +119,7 @@ class PipelineSwitches(PlanSwitches):
             if name in exclude:
                 continue
             if hasattr(module, "enable_layerwise_casting"):
-                module.enable_layerwise_casting(storage_dtype, compute_dtype)
+                module.enable_layerwise_casting(storage_dtype, compute_dtype)  # type: ignore[operator]
             else:
                 compute = compute_dtype or next(p.dtype for p in module.parameters() if p.is_floating_point())
                 casting.apply_layerwise_casting(module, storage_dtype, compute)
@@ -196,7 +196,7 @@ class PipelineSwitches(PlanSwitches):
     def set_attention_slice(self, slice_size: str | int | None) -> None:
         for module in self._networks().values():
             if hasattr(module, "set_attention_slice"):
-                module.set_attention_slice(slice_size)
+                module.set_attention_slice(slice_size)  # type: ignore[operator]
 
     def enable_vae_slicing(self) -> None:
         """Decode a batch one picture at a time; the pictures stay the same."""
@@ -229,13 +229,13 @@ class PipelineSwitches(PlanSwitches):
         """
         for module in self._networks().values():
             if hasattr(module, "enable_xformers_memory_efficient_attention"):
-                module.enable_xformers_memory_efficient_attention(attention_op)
+                module.enable_xformers_memory_efficient_attention(attention_op)  # type: ignore[operator]
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Back to the attention backend in force."""
         for module in self._networks().values():
             if hasattr(module, "disable_xformers_memory_efficient_attention"):
-                module.disable_xformers_memory_efficient_attention()
+                module.disable_xformers_memory_efficient_attention()  # type: ignore[operator]
 
     def _policies(self) -> dict[str, str]:
         """Component -> the kind of policy it has, for reports."""
