@@ -64,4 +64,8 @@ def repositories(hub: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> An
     hub.add("stabilityai/stable-diffusion-xl-base-1.0", standins.stable_diffusion_xl())
     hub.add("username/sdxl-unet-sharded", standins.sharded_xl_unet())
     hub.add("black-forest-labs/FLUX.1-dev", standins.flux_transformer())
+    hub.add("black-forest-labs/FLUX.1-schnell", standins.flux())
+    hub.add("some/model-with-custom-code", standins.with_code())
+    hub.add("owner/custom-pipeline", sd)
+    hub.add("hf-internal-testing/diffusers-dummy-pipeline", {"pipeline.py": standins.CUSTOM.encode()})
     return hub

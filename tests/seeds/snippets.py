@@ -53,7 +53,7 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(
     Snippet(
         "000:74",
         "Balance a pipeline over devices",
-        "device maps over several devices are tested with placement",
+        "",
         """
 import torch
 from diffusers import AutoModel, StableDiffusionXLPipeline
@@ -68,7 +68,7 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(
     Snippet(
         "000:87",
         "Look at a pipeline's device map",
-        "device maps over several devices are tested with placement",
+        "",
         """
 print(pipeline.hf_device_map)
 {'unet': 1, 'vae': 1, 'safety_checker': 0, 'text_encoder': 0}
@@ -77,7 +77,7 @@ print(pipeline.hf_device_map)
     Snippet(
         "000:97",
         "Spread a transformer over devices",
-        "device maps over several devices are tested with placement",
+        "",
         """
 import torch
 from diffusers import AutoModel
@@ -93,7 +93,7 @@ transformer = AutoModel.from_pretrained(
     Snippet(
         "000:111",
         "Look at a model's device map",
-        "device maps over several devices are tested with placement",
+        "",
         """
 print(transformer.hf_device_map)
 """,
@@ -101,7 +101,7 @@ print(transformer.hf_device_map)
     Snippet(
         "000:122",
         "A model's device map, printed",
-        "device maps over several devices are tested with placement",
+        "",
         """
 print(transformer.hf_device_map)
 {'pos_embed': 0, 'time_text_embed': 0, 'context_embedder': 0, 'x_embedder': 0, 'transformer_blocks': 0, 'single_transformer_blocks.0': 0, 'single_transformer_blocks.1': 0, 'single_transformer_blocks.2': 0, 'single_transformer_blocks.3': 0, 'single_transformer_blocks.4': 0, 'single_transformer_blocks.5': 0, 'single_transformer_blocks.6': 0, 'single_transformer_blocks.7': 0, 'single_transformer_blocks.8': 0, 'single_transformer_blocks.9': 0, 'single_transformer_blocks.10': 'cpu', 'single_transformer_blocks.11': 'cpu', 'single_transformer_blocks.12': 'cpu', 'single_transformer_blocks.13': 'cpu', 'single_transformer_blocks.14': 'cpu', 'single_transformer_blocks.15': 'cpu', 'single_transformer_blocks.16': 'cpu', 'single_transformer_blocks.17': 'cpu', 'single_transformer_blocks.18': 'cpu', 'single_transformer_blocks.19': 'cpu', 'single_transformer_blocks.20': 'cpu', 'single_transformer_blocks.21': 'cpu', 'single_transformer_blocks.22': 'cpu', 'single_transformer_blocks.23': 'cpu', 'single_transformer_blocks.24': 'cpu', 'single_transformer_blocks.25': 'cpu', 'single_transformer_blocks.26': 'cpu', 'single_transformer_blocks.27': 'cpu', 'single_transformer_blocks.28': 'cpu', 'single_transformer_blocks.29': 'cpu', 'single_transformer_blocks.30': 'cpu', 'single_transformer_blocks.31': 'cpu', 'single_transformer_blocks.32': 'cpu', 'single_transformer_blocks.33': 'cpu', 'single_transformer_blocks.34': 'cpu', 'single_transformer_blocks.35': 'cpu', 'single_transformer_blocks.36': 'cpu', 'single_transformer_blocks.37': 'cpu', 'norm_out': 'cpu', 'proj_out': 'cpu'}
@@ -110,7 +110,7 @@ print(transformer.hf_device_map)
     Snippet(
         "000:129",
         "A device map of one's own",
-        "device maps over several devices are tested with placement",
+        "names devices 0 and 1, and the machine of the tests has no two GPUs",
         """
 import torch
 from diffusers import AutoModel
@@ -130,7 +130,7 @@ transformer = AutoModel.from_pretrained(
     Snippet(
         "000:147",
         "Limit the memory of each device",
-        "device maps over several devices are tested with placement",
+        "names devices 0 and 1, and the machine of the tests has no two GPUs",
         """
 import torch
 from diffusers import AutoModel, StableDiffusionXLPipeline
@@ -147,7 +147,7 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(
     Snippet(
         "000:167",
         "Reset the device map",
-        "device maps over several devices are tested with placement",
+        "",
         """
 pipeline.reset_device_map()
 """,
@@ -192,7 +192,7 @@ print(f"Max memory reserved: {torch.cuda.max_memory_allocated() / 1024**3:.2f} G
     Snippet(
         "000:237",
         "Sequential offloading",
-        "offloading is tested with placement",
+        "",
         """
 import torch
 from diffusers import DiffusionPipeline
@@ -216,7 +216,7 @@ print(f"Max memory reserved: {torch.cuda.max_memory_allocated() / 1024**3:.2f} G
     Snippet(
         "000:266",
         "Model offloading",
-        "offloading is tested with placement",
+        "",
         """
 import torch
 from diffusers import DiffusionPipeline
@@ -620,7 +620,7 @@ variant="fp16"
     Snippet(
         "002:122",
         "A model from a single file",
-        "single files are the next issue",
+        "names a class that stands for any",
         """
 from diffusers import SomeModelClass
 # Load from a single checkpoint file
@@ -640,7 +640,7 @@ config="path/to/config.json" # Optional: provide config
     Snippet(
         "002:139",
         "A pipeline with code of its own",
-        "code from elsewhere is not run yet",
+        "",
         """
 pipeline = DiffusionPipeline.from_pretrained(
 "some/model-with-custom-code",
@@ -889,7 +889,7 @@ torch_dtype=torch.float16
     Snippet(
         "002:725",
         "A custom pipeline",
-        "code from elsewhere is not run yet",
+        "",
         """
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(
@@ -902,7 +902,7 @@ trust_remote_code=True
     Snippet(
         "002:740",
         "A community pipeline",
-        "code from elsewhere is not run yet",
+        "the community's collection is not on a hub: a copy of the file is given instead",
         """
 pipeline = DiffusionPipeline.from_pretrained(
 "runwayml/stable-diffusion-v1-5",
@@ -959,7 +959,7 @@ pipeline.scheduler.config
     Snippet(
         "002:827",
         "A UNet from a single file",
-        "single files are the next issue",
+        "single files of tiny networks are tested with loading",
         """
 from diffusers import UNet2DConditionModel
 model = UNet2DConditionModel.from_single_file(
@@ -990,7 +990,7 @@ pipeline.enable_xformers_memory_efficient_attention()
     Snippet(
         "002:862",
         "A custom pipeline from its owner",
-        "code from elsewhere is not run yet",
+        "",
         """
 pipeline = DiffusionPipeline.from_pretrained(
 "owner/custom-pipeline",
@@ -1031,7 +1031,7 @@ type_hint=AutoModel # or specific class like FluxTransformer2DModel
     Snippet(
         "002:982",
         "A modular pipeline from a single file",
-        "single files are the next issue",
+        "single files of tiny networks are tested with loading",
         """
 from diffusers.modular_pipelines import ModularPipeline
 pipeline = ModularPipeline.from_single_file(
@@ -1146,7 +1146,7 @@ type_hint=AutoModel # or specific class
     Snippet(
         "002:1135",
         "A modular pipeline from a single file, with code",
-        "single files are the next issue",
+        "single files of tiny networks are tested with loading",
         """
 pipeline = ModularPipeline.from_single_file(
 "./checkpoint.safetensors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from tests.pipelines import tiny
+from tests.pipelines import tiny, tiny_transformers
 
 Files = dict[str, bytes]
 
@@ -91,6 +92,37 @@ def sharded_xl_unet() -> Files:
     """The network of the XL stand-in in several files."""
     with TemporaryDirectory() as folder:
         return saved(_stable_diffusion_xl(Path(folder)).unet, max_shard_size="50KB")
+
+
+def _flux(folder: Path) -> diffusers.FluxPipeline:
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=1, sample_size=32, **tiny_transformers.SHIFT,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ).eval()  # fmt: skip
+    return diffusers.FluxPipeline(**tiny_transformers.flux(folder) | {"vae": vae})
+
+
+@cache
+def flux() -> Files:
+    return _pipeline(_flux)
+
+
+CUSTOM = """
+from diffusers import StableDiffusionPipeline
+
+class Mine(StableDiffusionPipeline):
+    sign = "mine"
+"""
+
+
+@cache
+def with_code() -> Files:
+    """A pipeline whose class is in its repository."""
+    files = dict(stable_diffusion())
+    index = json.loads(files["model_index.json"])
+    files["model_index.json"] = json.dumps({**index, "_class_name": ["pipeline", "Mine"]}).encode()
+    return {**files, "pipeline.py": CUSTOM.encode()}
 
 
 @cache

@@ -80,6 +80,24 @@ def a_modular_pipeline(folder: Path) -> Names:
     return {"torch": torch}
 
 
+def any_pipeline(folder: Path) -> Names:
+    return {"DiffusionPipeline": effusion.DiffusionPipeline}
+
+
+def a_local_custom_pipeline(folder: Path) -> Names:
+    (folder / "pipeline_name").mkdir()
+    (folder / "pipeline_name" / "pipeline.py").write_text(standins.CUSTOM)
+    return any_pipeline(folder)
+
+
+def a_balanced_pipeline(folder: Path) -> Names:
+    return execute(CODE["000:74"])
+
+
+def a_spread_transformer(folder: Path) -> Names:
+    return execute(CODE["000:97"])
+
+
 def an_input_picture(folder: Path) -> Names:
     (folder / "path/to").mkdir(parents=True)
     picture(64).save(folder / "path/to/input.jpg")
@@ -112,12 +130,17 @@ def the_traced_unet(folder: Path) -> Names:
 
 
 BEFORE: dict[str, Callable[[Path], Names]] = {
+    "000:87": a_balanced_pipeline,
+    "000:111": a_spread_transformer,
+    "000:122": a_spread_transformer,
+    "000:167": a_balanced_pipeline,
     "000:478": a_pipeline,
     "000:562": the_traced_unet,
     "000:624": a_pipeline,
     "001:37": old_imports,
     "002:92": torch_only,
     "002:104": a_local_model,
+    "002:139": any_pipeline,
     "002:160": an_input_picture,
     "002:190": torch_only,
     "002:284": a_pipeline,
@@ -127,6 +150,7 @@ BEFORE: dict[str, Callable[[Path], Names]] = {
     "002:691": torch_only,
     "002:759": a_modular_pipeline,
     "002:836": torch_only,
+    "002:862": a_local_custom_pipeline,
     "002:948": torch_only,
     "002:1220": training_arguments,
     "002:1299": training_arguments,
@@ -234,6 +258,31 @@ def still_the_same(names: Names) -> None:
     assert (a - b).abs().max() < 1e-4
 
 
+def balanced(names: Names) -> None:
+    half()(names)
+    assert set(names["pipeline"].hf_device_map) <= set(names["pipeline"].components)
+    assert names["pipeline"].hf_device_map
+
+
+def spread(names: Names) -> None:
+    assert names["transformer"].dtype == torch.bfloat16
+    assert names["transformer"].hf_device_map
+
+
+def unmapped(names: Names) -> None:
+    assert not names["pipeline"].hf_device_map
+    names["pipeline"].enable_model_cpu_offload()
+
+
+def offloaded(names: Names) -> None:
+    assert {m.dtype for m in names["pipeline"].modules.values()} == {torch.bfloat16}
+
+
+def foreign(names: Names) -> None:
+    assert names["pipeline"].sign == "mine"
+    assert isinstance(names["pipeline"], effusion.StableDiffusionPipeline)
+
+
 def both_networks(names: Names) -> None:
     of_class("unet", "UNet2DConditionModel")(names)
     of_class("vae", "AutoencoderKL")(names)
@@ -242,8 +291,13 @@ def both_networks(names: Names) -> None:
 AFTER: dict[str, Callable[[Names], None]] = {
     "000:37": sharded,
     "000:48": from_shards,
+    "000:74": balanced,
+    "000:97": spread,
+    "000:167": unmapped,
     "000:179": half(),
     "000:201": of_class("pipeline", "StableDiffusionXLImg2ImgPipeline"),
+    "000:237": offloaded,
+    "000:266": offloaded,
     "000:478": channels_last,
     "000:490": traced,
     "000:562": the_traced_unet_ran,
@@ -252,6 +306,7 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "001:52": sliced_attention,
     "002:92": half(),
     "002:104": text_and_model,
+    "002:139": foreign,
     "002:149": a_picture(),
     "002:160": repainted,
     "002:190": sampler("DPMSolverMultistepScheduler", use_karras_sigmas=True, algorithm_type="dpmsolver++"),
@@ -261,7 +316,9 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "002:497": sampler("DDIMScheduler"),
     "002:677": of_class("pipeline", "StableDiffusionPipeline"),
     "002:691": of_class("pipeline", "StableDiffusionPipeline"),
+    "002:725": foreign,
     "002:759": modular,
+    "002:862": foreign,
     "002:791": a_picture(),
     "002:814": sampler("DPMSolverMultistepScheduler"),
     "002:948": modular,
