@@ -275,7 +275,7 @@ MISTAKES: list[tuple[str, str, str, dict[str, Any], str]] = [
     ),
     (
         "shapes", SD, "sd", {"prompt": None, **LONG, "negative_prompt_embeds": tensor(1, 70, 32)},
-        r"\(1, 77, 32\).*\(1, 70, 32\).*same shape",
+        r"same shape.*\(1, 77, 32\).*\(1, 70, 32\)",
     ),
     ("negatives", SD, "sd", {"prompt": ["a", "b"], "negative_prompt": ["x"] * 3}, "3 negative prompts for 2 prompts"),
     ("output", SD, "sd", {"output_type": "jpg"}, r"`output_type` has to be one of .*'pil'.*got 'jpg'"),
