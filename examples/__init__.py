@@ -1,0 +1,1 @@
+"""Small programs that show how a piece is used; the tests run them."""
