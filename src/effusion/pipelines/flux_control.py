@@ -183,6 +183,7 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
     """FLUX.1 Redux: pictures as a prompt for :class:`~effusion.FluxPipeline`."""
 
     family = flux.FLUX
+    task = "redux"
     output_class = FluxPriorReduxPipelineOutput
     model_cpu_offload_seq = "image_encoder->image_embedder"
     _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
