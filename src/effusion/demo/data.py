@@ -85,6 +85,23 @@ class Scenes:
         mixed = (self.number() * 2654435761) % 2**32  # Knuth's multiplicative hash: neighbours are scattered
         return ((mixed >> 16) % 10 == 0) | self.has_held_out_pair()
 
+    def seen_from_the_other(self, which: Tensor) -> Scenes:
+        """The same pictures, said the other way round where ``which`` (N,): *a above b* becomes *b below a*.
+
+        Nothing changes where there is one shape, or where the other way is a caption set apart for testing.
+        """
+        flipped = Scenes(
+            self.count,
+            self.size.flip(1),
+            self.colour.flip(1),
+            self.shape.flip(1),
+            self.relation ^ 1,
+            self.background,
+        )
+        take = which & (self.count == 2) & ~flipped.is_for_testing()
+        pairs = ((getattr(flipped, f.name), getattr(self, f.name)) for f in fields(self))
+        return Scenes(*(torch.where(take.view(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in pairs))
+
 
 @dataclass(frozen=True)
 class Wording:

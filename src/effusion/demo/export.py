@@ -12,17 +12,19 @@ import torch
 from . import model
 
 
-def assemble(run: Path) -> Any:
-    """The ``StableDiffusionPipeline`` of the averaged weights in the training folder ``run``, float32."""
+def assemble(run: Path, last: bool = False) -> Any:
+    """The ``StableDiffusionPipeline`` trained in ``run``, float32: averaged weights, or the ``last`` themselves."""
     from ..pipelines.stable_diffusion import StableDiffusionPipeline
 
     tokenizer = model.build_tokenizer(run / "tokenizer")
     text_encoder, unet, vae = model.build_text_encoder(tokenizer), model.build_unet(), model.build_vae()
-    state = torch.load(run / "averaged.pt", weights_only=True)
+    if last:
+        state = torch.load(run / "diffusion" / "checkpoint.pt", weights_only=True)["objective"]
+    else:
+        state = torch.load(run / "averaged.pt", weights_only=True)
     for network, prefix in ((unet, "unet."), (text_encoder, "text_encoder.")):
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     vae.load_state_dict(torch.load(run / "vae-standard.pt", weights_only=True))
-    vae.register_to_config(scaling_factor=1.0)
     return StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -35,14 +37,14 @@ def assemble(run: Path) -> Any:
     )
 
 
-def export(run: Path, folder: Path) -> None:
+def export(run: Path, folder: Path, last: bool = False) -> None:
     """Save the model trained in ``run`` to ``folder``: written beside it, then renamed.
 
     The tokenizer is written in both of its formats, for old and new readers.
     """
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    assemble(run).to(torch.float16).save_pretrained(beside)
+    assemble(run, last).to(torch.float16).save_pretrained(beside)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(run / "tokenizer" / name, beside / "tokenizer" / name)
     for file in beside.glob("*/*"):

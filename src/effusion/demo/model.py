@@ -31,6 +31,7 @@ VAE: dict[str, Any] = {
     "latent_channels": LATENT_CHANNELS,
     "norm_num_groups": 8,
     "sample_size": 64,
+    "scaling_factor": 1.0,  # the latents themselves are standardised, see `train.standardise`
     "force_upcast": False,
     "mid_block_add_attention": False,
 }
@@ -60,11 +61,13 @@ SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
+    # The last step is noise alone, and sampling begins there (Lin et al., 2023): a small picture's background
+    # could otherwise still be read from the noisiest samples, and would be believed more than the caption.
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
     "prediction_type": "v_prediction",
     "clip_sample": False,
     "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
 }
 
 

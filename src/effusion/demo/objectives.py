@@ -65,6 +65,11 @@ class CaptionLoss(nn.Module):
         scheduler: the noise schedule and what the UNet predicts.
         latents, scenes: the pictures (M, c, h, w), encoded, and what they show; a batch is drawn from them.
         dropped: share of captions that are replaced by the empty one.
+        tilt: more than 1 favours noisy timesteps, where it is decided what goes where: the share of timesteps
+            above ``T`` is ``(1 - T) ** (1 / tilt)``.
+        one_way: share of the pictures said to be *below* or *right of* that are said the other way round. As long
+            as both ways are equally frequent, *above* or *below* alone tells nothing about where anything is, and
+            a network that does not yet heed the order of the nouns has nothing to learn from; so it begins with a bias.
     """
 
     def __init__(
@@ -78,12 +83,15 @@ class CaptionLoss(nn.Module):
         batch: int,
         dropped: float = 0.1,
         weighting: str = "none",
+        tilt: float = 1.0,
+        one_way: float = 0.0,
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.latents, self.scenes = latents, scenes
-        self.batch, self.dropped, self.weighting = batch, dropped, weighting
+        self.batch, self.dropped, self.weighting, self.tilt = batch, dropped, weighting, tilt
+        self.one_way = one_way
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Ids of ``texts``, padded as the pipeline pads them, (N, L)."""
@@ -94,7 +102,9 @@ class CaptionLoss(nn.Module):
     def draw(self, g: torch.Generator) -> tuple[Tensor, list[str]]:
         """A batch: latents in float32 and captions, some of them empty."""
         index = torch.randint(len(self.latents), (self.batch,), generator=g)
-        texts = data.captions(self.scenes[index], data.wording(self.batch, g))
+        scenes = self.scenes[index]
+        turn = (scenes.relation % 2 == 1) & (torch.rand(self.batch, generator=g) < self.one_way)
+        texts = data.captions(scenes.seen_from_the_other(turn), data.wording(self.batch, g))
         gone = (torch.rand(self.batch, generator=g) < self.dropped).tolist()
         return self.latents[index].float(), ["" if drop else text for text, drop in zip(texts, gone, strict=True)]
 
@@ -106,7 +116,8 @@ class CaptionLoss(nn.Module):
         config = self.scheduler.config
         # one timestep from each of N equal strata: every batch meets all noise levels
         offset = torch.randperm(self.batch, generator=generator) + torch.rand(self.batch, generator=generator)
-        timesteps = (offset * (config.num_train_timesteps / self.batch)).long()
+        level = 1 - (1 - offset / self.batch).clamp(min=0) ** self.tilt
+        timesteps = (level * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
         alpha, sigma = levels(self.scheduler, timesteps, clean.dim())
         noisy = (alpha * clean + sigma * noise).to(device)
         with quick_attention(device):

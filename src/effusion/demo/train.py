@@ -42,6 +42,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=200_000, help="latents: how many to encode")
     parser.add_argument("--kl", type=float, default=1e-4, help="vae: weight of the divergence")
     parser.add_argument("--weighting", choices=("none", "min_snr"), default="none", help="diffusion: of noise levels")
+    parser.add_argument("--tilt", type=float, default=1.0, help="diffusion: above 1 favours noisy timesteps")
+    parser.add_argument("--one-way", type=float, default=0.0, help="diffusion: share of 'below' said as 'above'")
+    parser.add_argument("--last", action="store_true", help="export: the last weights, not their average")
     return parser.parse_args(argv)
 
 
@@ -134,7 +137,6 @@ def standardise(vae: Any, latents: Tensor) -> None:
     into.bias[channels:] -= 2 * std.log()  # the log-variances
     back.bias += (back.weight[:, :, 0, 0] * mean).sum(dim=1)
     back.weight *= std[None, :, None, None]
-    vae.register_to_config(scaling_factor=1.0)
 
 
 def load_latents(run: Path) -> tuple[Tensor, data.Scenes]:
@@ -164,7 +166,16 @@ def train_diffusion(args: argparse.Namespace) -> None:
     vae.eval().requires_grad_(False)
     latents, scenes = load_latents(args.out)
     objective = CaptionLoss(
-        unet, text_encoder, tokenizer, scheduler, latents, scenes, args.batch, weighting=args.weighting
+        unet,
+        text_encoder,
+        tokenizer,
+        scheduler,
+        latents,
+        scenes,
+        args.batch,
+        weighting=args.weighting,
+        tilt=args.tilt,
+        one_way=args.one_way,
     )
 
     def look(trainer: Trainer) -> Mapping[str, Any]:
@@ -205,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "export":
         from .export import export
 
-        export(args.out, args.out / "model")
+        export(args.out, args.out / "model", args.last)
         return
     {"vae": train_vae, "latents": encode, "diffusion": train_diffusion}[args.stage](args)
 

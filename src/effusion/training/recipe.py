@@ -203,7 +203,7 @@ class Trainer:
             raise CheckpointError(f"{self.checkpoint} is of other networks: {error}") from error
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.ema.load_state_dict(state["ema"])
+        self.ema.load_state_dict({**state["ema"], "decay": self.settings.ema_decay})
         self.step = state["step"]
         torch.set_rng_state(state["rng"])
 
