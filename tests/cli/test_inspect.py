@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,13 @@ def test_counts_are_read_easily(n: int, text: str) -> None:
 @pytest.mark.parametrize(("n", "text"), [(0, "-"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**40, "5120.0 GiB")])
 def test_sizes_are_read_easily(n: int, text: str) -> None:
     assert inspect.size(n) == text
+
+
+def test_a_single_file_is_recognised(tmp_path: Path) -> None:
+    save_file({"foo": torch.zeros(3)}, tmp_path / "f.safetensors")
+    (unknown,) = inspect.components(str(tmp_path / "f.safetensors"))
+    assert "unknown" in unknown.note
+    assert (unknown.parameters, unknown.nbytes, unknown.dtypes) == (3, 12, {"F32": 3})
+    save_file({"x.lora_A.weight": torch.zeros(4, 768)}, tmp_path / "l.safetensors")
+    (lora,) = inspect.components(str(tmp_path / "l.safetensors"))
+    assert "LoRA" in lora.note

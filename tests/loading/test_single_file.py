@@ -15,6 +15,7 @@ from tests.hub_server import HubServer
 from tests.pipelines import tiny
 
 import effusion
+from effusion.cli import inspect
 from effusion.core.errors import CheckpointError, MissingFile
 from effusion.weights import single_file
 from effusion.weights.checkpoint import from_dict, open_file
@@ -39,10 +40,17 @@ def classic(kind: str, folder: Path, in_channels: int = 4, **unet: Any) -> Any:
     return getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts, requires_safety_checker=False)
 
 
+def xl(folder: Path) -> Any:
+    """The two text encoders have different widths: the peer tells them apart by that."""
+    parts = tiny.stable_diffusion_xl(folder)
+    wider = {"text_encoder_2": tiny.text_encoder(projection=True, hidden=64, seed=5), "unet": tiny.xl_unet(cross=96)}
+    return diffusers.StableDiffusionXLPipeline(**parts | wider)
+
+
 MAKERS: dict[str, tuple[Any, str]] = {
     "one": (lambda f: classic("", f), "Stable Diffusion 1.x"),
     "two": (lambda f: classic("", f, use_linear_projection=True), "Stable Diffusion 2.x"),
-    "xl": (lambda f: diffusers.StableDiffusionXLPipeline(**tiny.stable_diffusion_xl(f)), "Stable Diffusion XL"),
+    "xl": (xl, "Stable Diffusion XL"),
     "inpaint": (lambda f: classic("Inpaint", f, 9), "Stable Diffusion 1.x"),
 }
 
@@ -63,6 +71,9 @@ def test_round_trip_and_the_peer_reads_it(pair: tuple[Any, Path, str], tmp_path:
     ours.save_single_file(tmp_path / "all.safetensors")
     verdict = recognise(open_file(tmp_path / "all.safetensors"))
     assert (verdict.kind, verdict.name) == ("pipeline", family)
+    whole, *parts = inspect.components(str(tmp_path / "all.safetensors"))
+    assert family in whole.note
+    assert {c.name: c.parameters for c in parts}["unet"] == sum(p.numel() for p in ours.unet.parameters())
     again = type(ours).from_single_file(tmp_path / "all.safetensors", config=folder)
     assert_same(states(again), states(ours))
     assert again.scheduler.config == ours.scheduler.config

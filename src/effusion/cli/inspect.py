@@ -61,7 +61,7 @@ def components(model: str, revision: str | None = None) -> list[Component]:
 
     path = Path(model)
     if path.is_file():
-        return [_weights(Component(path.name, "", "file"), _Folder(path.parent), "", [path.name])]
+        return _inside(path)
     source = _Folder(path) if path.is_dir() else _Repository(model, revision)
     names = source.names()
     if "model_index.json" in names:
@@ -76,6 +76,33 @@ def components(model: str, revision: str | None = None) -> list[Component]:
         f"{model} has no model_index.json (a pipeline), no config.json and no weights (a network); "
         f"it holds {', '.join(sorted(here)[:8]) or 'nothing'}"
     )
+
+
+def _inside(path: Path) -> list[Component]:
+    """One weights file: what it is, told by its tensors, and the networks that are in it."""
+    from ..weights import torch_file
+    from ..weights.checkpoint import open_file
+    from ..weights.recognise import recognise
+
+    if torch_file.looks_like(path):
+        return [_weights(Component(path.name, "", "file"), _Folder(path.parent), "", [path.name])]
+    checkpoint = open_file(path)
+    verdict = recognise(checkpoint)
+    whole = Component(path.name, verdict.pipeline or "", "file", note=verdict.describe())
+    if len(verdict.parts) < 2:
+        return [_counted(whole, checkpoint)]
+    parts = ((Component(n, p.class_name, p.library), p.read(checkpoint)) for n, p in verdict.parts.items())
+    return [whole, *(_counted(component, inside) for component, inside in parts)]
+
+
+def _counted(component: Component, checkpoint: Any) -> Component:
+    from ..weights.safetensors_file import DTYPE_NAMES
+
+    dtypes: Counter[str] = Counter()
+    for entry in checkpoint.values():
+        dtypes[DTYPE_NAMES[entry.dtype]] += prod(entry.shape)
+    component.parameters, component.nbytes, component.dtypes = sum(dtypes.values()), checkpoint.nbytes, dict(dtypes)
+    return component
 
 
 def _is_component(entry: Any) -> bool:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,8 @@ class Computed:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        """Bytes of what it is made from, as stored."""
+        return sum(part.nbytes for part in self.parts)
 
 
 Entry = TensorSlice | Tensor | Computed
