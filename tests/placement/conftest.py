@@ -12,6 +12,13 @@ from effusion.placement import lane, policies
 from effusion.placement.engine import engine_of
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _calm() -> Iterator[None]:
     torch.manual_seed(0)

@@ -357,6 +357,22 @@ def test_resident_modules_have_nothing_in_front(tmp_path: Path) -> None:
     policies.remove(module)
 
 
+@pytest.mark.parametrize("name", ["disk-leaf-stream", "block", "model"])
+def test_autocast(name: str, tmp_path: Path) -> None:
+    """The same bits, and autocast keeps no copies of weights that were lent for a moment."""
+    module, x = toys.Fails(), torch.randn(2, 8)
+    asked: list[bool] = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        resident = module(x)
+    POLICIES[name](module, tmp_path)
+    module.blocks[0].up.register_forward_pre_hook(lambda m, a: asked.append(m.weight.requires_grad))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(module(x), resident)
+    assert asked == [False, False]
+    policies.remove(module)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["compiled-first", "compiled-later"])
 def test_compiled_blocks(late: bool, tmp_path: Path) -> None:
     import torch._dynamo

@@ -604,7 +604,9 @@ def _lent(tensor: Tensor, rest: Tensor) -> Tensor:
         return fresh
     if rest.requires_grad and torch.is_grad_enabled():
         return _Straight.apply(rest, fresh)  # type: ignore[no-any-return, no-untyped-call]
-    lent = nn.Parameter(fresh, requires_grad=rest.requires_grad)  # as it rests, or compiled code compiles again
+    # as it rests, or compiled code compiles again; but autocast keeps a copy of every weight that asks for gradients
+    asks = rest.requires_grad and not torch.is_autocast_enabled(tensor.device.type)
+    lent = nn.Parameter(fresh, requires_grad=asks)
     if rest.__dict__:
         lent.__dict__.update(rest.__dict__)
     return lent

@@ -22,6 +22,7 @@ from .arena import Arena, Room, allocate, host_pages, layout
 from .sources import Span, flat_bytes, is_dense
 
 CHUNK = 16 << 20  # bytes per read, and per copy through pinned memory
+READ = 4 << 20  # bytes that one of several readers reads at a time
 SMALL = 1 << 20  # bytes that are fetched sooner than handed to a thread
 
 
@@ -191,7 +192,7 @@ class Lane:
         for piece in pieces:
             a, b = max(piece.start, start), min(piece.start + piece.nbytes, stop)
             while a < b:
-                end = min(b, a + CHUNK)
+                end = min(b, a + READ)
                 jobs.append((piece, a, end))
                 a = end
         if self._readers is None and len(jobs) > 1:
@@ -274,7 +275,7 @@ def merge(pieces: list[Piece]) -> list[Piece]:
 
 
 class NoStreams:
-    """Compute on the CPU: what was asked for is done when the call returns."""
+    """Compute on the CPU (or on an accelerator that can't copy beside computing): done when the call returns."""
 
     def mark(self) -> Any:
         return None
@@ -289,9 +290,15 @@ class NoStreams:
         pass
 
     def copy(self, buffer: Tensor, pieces: list[Piece], strays: list[Any], after: list[Any], fill: Any) -> Any:
-        if pieces:
+        if pieces and buffer.device.type == "cpu":
             first, last = pieces[0].start, pieces[-1].start + pieces[-1].nbytes
             fill(memoryview(buffer.numpy())[first:last], pieces, first, last)
+        elif pieces:  # an accelerator without streams of its own
+            for piece in pieces:
+                start, stop = piece.start, piece.start + piece.nbytes
+                host = torch.empty(piece.nbytes, dtype=torch.uint8)
+                fill(memoryview(host.numpy()), [piece], start, stop)
+                buffer[start:stop].copy_(host)
         for target, source in strays:
             target.copy_(source)
         return None
