@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-DEMO_STEPS = 30
+DEMO_STEPS, DEMO_GUIDANCE = 30, 3.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -137,15 +137,22 @@ def model_path(model: str) -> str:
     return str(demo.path())
 
 
+def _usual(args: argparse.Namespace) -> tuple[int | None, float | None]:
+    """Steps and guidance as asked for, else as they suit the demo; ``None`` leaves them to the pipeline."""
+    if args.model != "demo":
+        return args.steps, args.guidance
+    return args.steps or DEMO_STEPS, DEMO_GUIDANCE if args.guidance is None else args.guidance
+
+
 def _paint(pipe: Any, args: argparse.Namespace, prompt: str, seed: int, pictures: dict[str, Any]) -> list[Image]:
     import torch
 
-    steps = args.steps or (DEMO_STEPS if args.model == "demo" else None)
+    steps, guidance = _usual(args)
     wide, high = args.size or (pictures["image"].size if "mask_image" in pictures else (None, None))
     asked = {
         "--negative": ("negative_prompt", args.negative),
         "--steps": ("num_inference_steps", steps),
-        "--guidance": ("guidance_scale", args.guidance),
+        "--guidance": ("guidance_scale", guidance),
         "--strength": ("strength", args.strength),
         "--image": ("image", pictures.get("image")),
         "--mask": ("mask_image", pictures.get("mask_image")),
@@ -169,14 +176,15 @@ def _paint(pipe: Any, args: argparse.Namespace, prompt: str, seed: int, pictures
 def _metadata(pipe: Any, args: argparse.Namespace, prompt: str, seed: int) -> dict[str, str]:
     """What it takes to make the picture again, as the PNG's text."""
     scheduler = getattr(pipe, "scheduler", None)
+    steps, guidance = _usual(args)
     entries = {
         "prompt": prompt,
         "negative_prompt": args.negative,
         "seed": seed,
         "model": args.model,
         "scheduler": type(scheduler).__name__ if scheduler is not None else None,
-        "steps": args.steps or (DEMO_STEPS if args.model == "demo" else None),
-        "guidance": args.guidance,
+        "steps": steps,
+        "guidance": guidance,
         "strength": args.strength,
         "image": args.image,
         "mask": args.mask,
