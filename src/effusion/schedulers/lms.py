@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,16 @@ from .noise import Array
 LMSDiscreteSchedulerOutput = DenoisedOutput
 
 
+@cache
+def gauss_legendre(points: int) -> tuple[Array, Array]:
+    """Places and weights of the quadrature that is exact up to degree ``2 points - 1``, on -1 to 1."""
+    places, weights = np.polynomial.legendre.leggauss(points)
+    return places, weights
+
+
 def integral_of_lagrange(nodes: Sequence[float], k: int, start: float, end: float) -> float:
     """``∫ Π_{j≠k} (τ - σ_j) / (σ_k - σ_j) dτ`` from ``start`` to ``end``, exact: Gauss-Legendre."""
-    points, weights = np.polynomial.legendre.leggauss((len(nodes) + 1) // 2)
+    points, weights = gauss_legendre((len(nodes) + 1) // 2)
     tau = (end - start) / 2 * points + (end + start) / 2
     others = [node for j, node in enumerate(nodes) if j != k]
     values = np.prod([(tau - node) / (nodes[k] - node) for node in others], axis=0) if others else np.ones_like(tau)
