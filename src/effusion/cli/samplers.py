@@ -20,7 +20,7 @@ BUDGETS = (5, 8, 12, 20, 40)  # calls of the network
 REFERENCE = ("DPM++ 2M", 1000)
 # what follows the probability-flow ODE; a stochastic sampler has no single end to be compared with
 DETERMINISTIC = ("Euler", "Heun", "DPM2", "LMS", "DDIM", "PLMS", "DPM++ 2M", "DPM++ 3M", "DPM++ 2S", "UniPC", "DEIS")
-SHOWN = ("Normal", "Simple", "Karras", "Exponential", "Beta", "Lu")
+SHOWN = ("Normal", "Karras", "Exponential", "Beta")  # Simple is close to Normal, Lu the same as Exponential here
 PROMPT = "a large red circle above a small blue square on a white background"
 INTRODUCTION = """# Samplers by name
 
@@ -149,9 +149,13 @@ def plot(file: Path, curves: dict[str, list[tuple[int, float]]], config: Any, st
     for name, levels in noise_levels(config, steps).items():
         left.semilogy(range(len(levels)), levels, marker=".", label=name)
     left.set(title=f"Noise levels of {steps} steps", xlabel="step", ylabel="noise to signal, σ")
-    for i, (name, points) in enumerate(curves.items()):
+    colours = require("matplotlib", "effusion samplers --plot").colormaps["tab20"].colors
+    for (name, points), colour in zip(curves.items(), colours, strict=False):
         calls, distances = zip(*points, strict=True)
-        right.loglog(calls, distances, marker="os^Dv"[i % 5], markersize=4, label=name)
+        right.loglog(calls, distances, marker=".", color=colour, label=name)
+    ticks = sorted({calls for points in curves.values() for calls, _ in points})[::2]
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.minorticks_off()
     right.set(title=f"Distance to {REFERENCE[1]} steps of {REFERENCE[0]}", xlabel="calls of the network",
               ylabel="relative to the sample")  # fmt: skip
     for axis in (left, right):
