@@ -93,3 +93,21 @@ def test_shapes_keep_clear_of_each_other_and_of_the_border() -> None:
 def test_unknown_split() -> None:
     with pytest.raises(ValueError, match="split 'all'"):
         data.sample(1, GENERATOR(0), "all")
+
+
+def test_a_picture_said_from_the_other_shape_is_the_same_picture_and_never_a_test_caption() -> None:
+    scenes = drawn("train", 4096)
+    turned = scenes.seen_from_the_other(scenes.relation % 2 == 1)
+    assert not turned.is_for_testing().any()
+    before, after = data.captions(scenes), data.captions(turned)
+    changed = [i for i in range(len(before)) if before[i] != after[i]]
+    assert len(changed) > 1000
+    opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    for i in changed[:200]:
+        scene, ground = before[i].split(" on a ")
+        link = next(f" {name} " for name in data.RELATIONS if f" {name} " in scene)
+        first, second = scene.split(link)
+        assert after[i] == f"{second} {opposite[link.strip()]} {first} on a {ground}"
+    upright = (turned.relation[turned.count == 2] % 2 == 0).float().mean()
+    assert upright > 0.9  # all but those whose other way is set apart for testing
+    assert data.captions(scenes.seen_from_the_other(torch.zeros(len(scenes), dtype=torch.bool))) == before

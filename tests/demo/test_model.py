@@ -139,3 +139,33 @@ def test_scored_captions_are_never_trained_on() -> None:
     for split in score.SPLITS:
         assert score.captions(split, 32, 0) == score.captions(split, 32, 0) != score.captions(split, 32, 1)
     assert not set(score.captions("test", 256, 0)) & set(data.captions(data.sample(4096, data.generator(7), "train")))
+
+
+def test_the_shipped_model_is_an_ordinary_pipeline_and_paints_what_is_asked_for() -> None:
+    from diffusers import StableDiffusionPipeline as Peer
+
+    from effusion import demo
+    from effusion.demo import checker
+    from effusion.pipelines.stable_diffusion import StableDiffusionPipeline
+
+    files = [file for file in demo.path().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+    texts = score.captions("test", 4, 5) + score.captions("pairs", 4, 5)
+    ours = StableDiffusionPipeline.from_pretrained(demo.path(), torch_dtype=torch.float32)
+    ours.set_progress_bar_config(disable=True)
+    right, total = checker.tally(texts, score.pictures(ours, texts, 12, 3.0, 0))["whole"]
+    assert right >= 6, f"{right} of {total}"
+
+    peer = Peer.from_pretrained(demo.path(), torch_dtype=torch.float32)
+    peer.set_progress_bar_config(disable=True)
+    latents = [
+        pipe(
+            texts[:2],
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        for pipe in (ours, peer)
+    ]
+    torch.testing.assert_close(latents[0], latents[1], atol=1e-4, rtol=0)
