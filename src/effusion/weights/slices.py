@@ -35,7 +35,7 @@ class TensorSlice:
         """
         out = torch.empty(self.shape, dtype=self.dtype)
         if self.nbytes:
-            target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            target = out.view(-1).view(torch.uint8).numpy().data
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 got = file.readinto(target)
@@ -95,4 +95,4 @@ def _map_private(fileno: int) -> mmap.mmap:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of ``tensor``, row-major, on the host; copied only if it is elsewhere or strided."""
     flat = tensor.detach().resolve_conj().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return flat.view(torch.uint8).numpy().data
