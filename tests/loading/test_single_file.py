@@ -339,3 +339,34 @@ def test_what_a_file_lacks_is_said(pair: tuple[Any, Path, str], tmp_path: Path) 
 def test_sources_that_are_nothing(source: str) -> None:
     with pytest.raises(CheckpointError):
         effusion.AutoencoderKL.from_single_file(source, local_files_only=True)
+
+
+def test_a_network_out_of_a_gguf_file(tmp_path: Path) -> None:
+    import gguf
+
+    theirs = flux(num_single_layers=1, num_layers=1)
+    state = single_file.original_state(conv(theirs))
+    writer = gguf.GGUFWriter(tmp_path / "f.gguf", "flux")
+    expected = {}
+    for name, tensor in state.items():
+        values = tensor.numpy()
+        kind = (
+            gguf.GGMLQuantizationType.Q8_0
+            if tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+            else gguf.GGMLQuantizationType.F32
+        )
+        raw = gguf.quants.quantize(values, kind)
+        writer.add_tensor(name, raw, raw_dtype=kind)
+        expected[name] = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = effusion.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+    ours = effusion.FluxTransformer2DModel.from_single_file(tmp_path / "f.gguf", quantization_config=config)
+    assert ours.dtype == torch.bfloat16
+    full = effusion.load(tmp_path / "f.gguf")
+    assert_same(single_file.original_state(full), expected)
+    assert torch.equal(ours.x_embedder.weight, full.x_embedder.weight.bfloat16())
+    with pytest.raises(ValueError, match="GGUFQuantizationConfig"):
+        effusion.FluxTransformer2DModel.from_single_file(tmp_path / "f.gguf", quantization_config=object())

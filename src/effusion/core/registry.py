@@ -74,6 +74,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.models.transformer_qwenimage": ("QwenImageTransformer2DModel",),
     "effusion.models.transformer_sd3": ("SD3Transformer2DModel",),
     "effusion.models.safety_checker": ("StableDiffusionSafetyChecker",),
+    # packed weights
+    "effusion.quant.gguf": ("GGUFQuantizationConfig",),
     # pipelines
     "effusion.pipelines.single_file": ("load",),
     "effusion.pipelines.base": ("DiffusionPipeline",),

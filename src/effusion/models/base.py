@@ -138,6 +138,11 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         given, device = kwargs.pop("config", None), kwargs.pop("device", None)
         if device is not None:
             kwargs["device_map"] = device
+        packing = kwargs.pop("quantization_config", None)
+        if packing is not None and getattr(packing, "quant_method", None) != "gguf":
+            raise ValueError("`quantization_config`: single files take a GGUFQuantizationConfig only")
+        if packing is not None and not kwargs.keys() & {"torch_dtype", "dtype"}:
+            kwargs["dtype"] = packing.compute_dtype
         options = LoadOptions.take(kwargs)
         prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **kwargs)
         return prepared.build()

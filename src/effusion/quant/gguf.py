@@ -1,0 +1,26 @@
+"""How a GGUF file is to be loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class GGUFQuantizationConfig:
+    """For ``from_single_file`` of a GGUF file: ``compute_dtype`` is what its weights are unpacked to.
+
+    The weights are unpacked while they are loaded, so they take the memory of ``compute_dtype``.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    quant_method: str = "gguf"
+    pre_quantized: bool = True
+
+    def __post_init__(self) -> None:
+        self.compute_dtype = self.compute_dtype or torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "compute_dtype": str(self.compute_dtype).removeprefix("torch.")}
