@@ -26,6 +26,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"configuration_utils", ("core.config",)),
     (r"image_processor", ("blocks.images",)),
     (r"callbacks", ("pipelines.callbacks",)),
+    (r"training_utils", ("training.ema",)),
     (r"hooks(\.(group_offloading|layerwise_casting))?", ("placement.policies", "placement.casting")),
     (r"utils\.export_utils", ("blocks.video",)),
     (r"utils\.loading_utils", ("blocks.pictures",)),
