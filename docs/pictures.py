@@ -28,7 +28,7 @@ def main() -> None:
     """Paint all prompts at once and lay them out, four to a row, four times as large, over their prompts."""
     pipe = AutoPipelineForText2Image.from_pretrained(demo.path())
     generators = [torch.Generator().manual_seed(SEED + i) for i in range(len(PROMPTS))]
-    images = pipe(list(PROMPTS), num_inference_steps=30, generator=generators).images
+    images = pipe(list(PROMPTS), num_inference_steps=30, guidance_scale=3.0, generator=generators).images
     rows = -(-len(images) // COLUMNS)
     size = (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + TEXT + GAP) + GAP)
     sheet = Image.new("RGB", size, "#f6f6f4")
