@@ -69,6 +69,30 @@ def test_same_weights_and_numbers_as_the_peer(options: dict[str, Any]) -> None:
         torch.testing.assert_close(ours(**flux_inputs())[0], theirs(**flux_inputs())[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "AutoencoderKL", "SD3Transformer2DModel"])
+def test_same_layers_as_the_peer(name: str) -> None:
+    import effusion
+
+    tiny: dict[str, dict[str, Any]] = {
+        "UNet2DConditionModel": {
+            "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 8,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        "AutoencoderKL": {"block_out_channels": (4,), "norm_num_groups": 2},
+        "SD3Transformer2DModel": {
+            "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 8,
+            "caption_projection_dim": 8, "pooled_projection_dim": 8, "pos_embed_max_size": 4, "sample_size": 4,
+        },
+    }  # fmt: skip
+    ours, theirs = getattr(effusion, name)(**tiny[name]), getattr(diffusers, name)(**tiny[name])
+    for network in (ours, theirs):
+        network.enable_layerwise_casting(FP8, torch.float32)
+    wanted = {n: p.dtype for n, p in theirs.named_parameters()}
+    assert FP8 in wanted.values()
+    assert {n: p.dtype for n, p in ours.named_parameters()} == wanted
+
+
 @pytest.mark.parametrize("pattern", ["auto", None, ("norm",), ("^enter$", r"\.up")], ids=str)
 @pytest.mark.parametrize("classes", [None, (nn.Conv2d,)], ids=str)
 def test_any_module_like_the_peer(pattern: Any, classes: Any) -> None:

@@ -54,7 +54,8 @@ def apply_layerwise_casting(
     else:
         layers = list(_layers(module, "", patterns, skip_modules_classes or ()))
     spokesman = _says_dtype(module)
-    layers = [layer for layer in layers if not any(t is spokesman for t in layer._parameters.values())]
+    if spokesman is not None:
+        layers = [layer for layer in layers if not any(t is spokesman for t in layer._parameters.values())]
     cast(module, layers, storage_dtype, compute_dtype)
 
 

@@ -124,6 +124,9 @@ class Engine:
         self._hooked: list[nn.Module] = []
         self._next: dict[Any, Unit] = {}  # what came after (a unit before, a unit) the last time
         self._recent: tuple[Unit | None, Unit | None] = (None, None)
+        self._frontier: tuple[Unit | None, Unit] | None = (
+            None  # the last unit that was fetched ahead, and the one before
+        )
         self._capacity: dict[torch.device, int] = {}
         self.patches: dict[str, Any] = {}  # name -> patch, see `patches`
         self.originals: dict[Any, Any] = {}  # (module, name) -> slice of the file that a cast weight came from
@@ -155,7 +158,7 @@ class Engine:
         self.uninstall()
         self.units, self.policy = units, policy
         self._next.clear()
-        self._recent = (None, None)
+        self._recent, self._frontier = (None, None), None
         triggers = {id(t) for u in units for t in u.triggers}
         for index, unit in enumerate(units):
             unit.index = index
@@ -431,6 +434,8 @@ class Engine:
         if torch.is_grad_enabled():
             return
         before, at = self._recent[0], unit
+        if self._frontier is not None and self._frontier[1].coming is not None:
+            before, at = self._frontier  # everything up to there is on its way
         seen = {id(unit)}
         while True:
             before, following = at, self._after(before, at)
@@ -450,6 +455,7 @@ class Engine:
                 following.coming = self._fetch(following, rests, must=False)
                 if following.coming is None:
                     return
+                self._frontier = (before, following)
 
     # -- settling ------------------------------------------------------------------------------------
 
@@ -463,7 +469,7 @@ class Engine:
                 if unit.coming is not None:
                     lane_to(unit.device).leave(unit.coming)
                     unit.coming = None
-            self._recent = (None, None)
+            self._recent, self._frontier = (None, None), None
             for device in self._capacity:
                 lane_to(device).release()
 
