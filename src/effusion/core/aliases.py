@@ -43,11 +43,15 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"models\.unet_2d(_condition)?", ("models",)),
     (r"pipelines\.stable_diffusion\.safety_checker", ("models.safety_checker",)),
     (r"pipelines\.(auto_pipeline|pipeline_utils|ddim|ddpm|latent_consistency_models)", ("pipelines",)),
-    (r"pipelines\.\w+\.pipeline_\w+", ("pipelines",)),
+    (r"pipelines\.(controlnet_sd3|pixart_alpha|qwenimage)", ("pipelines",)),
+    (r"pipelines\.\w+\.(pipeline|modeling)_\w+", ("pipelines", "models")),
     (r"modular_pipelines(\.modular_pipeline)?", ("pipelines",)),
+    (r"quantizers(\.quantization_config)?", ("quant.gguf",)),
     (r"schedulers\.scheduling_\w+", ("schedulers",)),
 )
-_PACKAGES = re.compile(r"hooks|models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+")
+_PACKAGES = re.compile(
+    r"hooks|quantizers|models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+"
+)
 
 
 def install() -> None:
