@@ -16,7 +16,7 @@ CODE = """
 import importlib, time
 library = importlib.import_module(name)
 import torch
-pipe = library.StableDiffusionPipeline.from_pretrained(model)
+pipe = library.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 loaded = time.perf_counter()
 prompt = "a small red circle above a large blue square on a white background"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import log
-from .engine import Engine, Transform, engine_for, engine_of, neighbours
+from .engine import Engine, engine_for, engine_of, neighbours
 from .sources import Mappings, Span
+from .transform import Transform
 from .units import own_slots
 
 logger = log.get_logger(__name__)

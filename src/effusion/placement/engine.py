@@ -9,7 +9,6 @@ batch norm, say).
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,11 +27,12 @@ from .lane import Cargo, Lane, lane_to, version
 from .lender import Lender
 from .plan import Row
 from .sources import Mappings, Span, changed_in_memory
+from .transform import Transform
+from .transform import lock as _lock
 from .units import Group, Slot, is_called, peeking_owners
 
 logger = log.get_logger(__name__)
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_lock = threading.RLock()  # held by whoever lends, drops or changes what is lent, on any component
 
 
 @dataclass(eq=False)
@@ -54,58 +54,6 @@ class Unit:
     @property
     def lent(self) -> bool:
         return bool(self.put)
-
-
-class Transform:
-    """Decode and patch the weights of one module: storage dtype -> compute dtype, then add the deltas."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.casts: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # name -> (storage, compute)
-        self.patches: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}  # name -> patch -> function
-        self.depth = 0
-        self._put: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-
-    @property
-    def idle(self) -> bool:
-        return not self.casts and not any(self.patches.values())
-
-    def enter(self) -> None:
-        """Put decoded, patched weights in place until :meth:`exit`."""
-        with _lock:
-            self.depth += 1
-            if self.depth > 1:
-                return
-            with torch.inference_mode(False), torch.no_grad():
-                for name in {**self.casts, **self.patches}:
-                    own = self.module._parameters
-                    store: dict[str, Any] = own if name in own else self.module._buffers
-                    rest = store.get(name)
-                    value = rest if rest is None else self.apply(name, rest)
-                    if rest is not None and value is not None and value is not rest:
-                        self._put.append((store, name, rest, value))
-                        store[name] = value
-
-    def apply(self, name: str, rest: Tensor) -> Tensor:
-        """The weight to compute with, from the one that rests (or was fetched)."""
-        value = rest
-        if name in self.casts and rest.dtype == self.casts[name][0]:
-            value = value.to(self.casts[name][1])
-        for patch in self.patches.get(name, {}).values():
-            value = patch(value)
-        if value is rest or not isinstance(rest, nn.Parameter):
-            return value
-        return nn.Parameter(value, requires_grad=False)
-
-    def exit(self) -> None:
-        with _lock:
-            self.depth -= 1
-            if self.depth:
-                return
-            for store, name, rest, value in reversed(self._put):
-                if store.get(name) is value:  # else the module put something else there: that stays
-                    store[name] = rest
-            self._put = []
 
 
 class Engine:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .compiling import set_eval_frame, skip_code
 
 if TYPE_CHECKING:
-    from .engine import Engine, Transform, Unit
+    from .engine import Engine, Unit
+    from .transform import Transform
 
 ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")  # methods that start work without a call
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .engine import Transform, engine_for, engine_of
+from .engine import engine_for, engine_of
+from .transform import Transform
 
 
 @dataclass
