@@ -27,7 +27,9 @@ _ORDER = ("text", "image_encoder", "prior", "unet", "transformer", "vae", "safet
 class PlanSwitches:
     """For pipelines: classes with ``components`` that can be called with a prompt and a size."""
 
-    components: Mapping[str, Any]
+    @property
+    def components(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     def plan(
         self,

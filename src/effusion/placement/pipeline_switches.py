@@ -23,10 +23,6 @@ Self = TypeVar("Self", bound="PipelineSwitches")
 class PipelineSwitches(PlanSwitches):
     """For classes with ``components``: a mapping of names to networks and other things."""
 
-    @property
-    def components(self) -> dict[str, Any]:
-        raise NotImplementedError
-
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
 
     def _networks(self) -> dict[str, nn.Module]:

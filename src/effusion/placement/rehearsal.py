@@ -40,7 +40,7 @@ class Alive(TorchDispatchMode):
     """Counts the bytes of the storages that operators make and that are still alive."""
 
     def __init__(self, known: Iterator[Tensor], on_cpu: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.flops = 0.0
         self.on_cpu = on_cpu
@@ -142,7 +142,7 @@ def _call(
             dtypes = _compute_dtypes(module)
             weights = []
             for slot in all_slots(module):
-                fake = mode.from_tensor(slot.tensor.detach())
+                fake: Tensor = mode.from_tensor(slot.tensor.detach())
                 fake = fake.to(dtypes[slot.path]) if slot.path in dtypes else fake
                 weights.append(fake)
                 slot.store[slot.name] = fake if slot.is_buffer else nn.Parameter(fake, requires_grad=False)
@@ -182,8 +182,10 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
         for m, attributes, parameters, buffers in kept:
             m.__dict__.clear()
             m.__dict__.update(attributes)
-            m._parameters.clear(), m._parameters.update(parameters)
-            m._buffers.clear(), m._buffers.update(buffers)
+            m._parameters.clear()
+            m._parameters.update(parameters)
+            m._buffers.clear()
+            m._buffers.update(buffers)
 
 
 def _zeros(tensor: Tensor) -> Tensor:
