@@ -165,9 +165,11 @@ def test_saving_keeps_the_stored_form(tmp_path: Path) -> None:
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "saved", torch_dtype="auto")
     assert again.proj_out.weight.dtype == torch.float32
     assert again.x_embedder.weight.dtype == FP8
+    stored = ours.state_dict()
+    assert all(torch.equal(v.view(torch.uint8), stored[k].view(torch.uint8)) for k, v in again.state_dict().items())
     again.enable_layerwise_casting(compute_dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.equal(again(**flux_inputs())[0], wanted)
+    with torch.no_grad():  # the same weights at other addresses: sums may round differently
+        torch.testing.assert_close(again(**flux_inputs())[0], wanted, rtol=1e-5, atol=1e-6)
     ours.disable_group_offload()
 
 

@@ -10,7 +10,7 @@ batch norm, say).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from . import lender as lending
 from .arena import layout, tensors_in
 from .lane import Cargo, Lane, lane_to, version
 from .lender import Lender
+from .lent import copied, lend, writes_unseen
 from .plan import Row
+from .rooms import room_on
 from .sources import Mappings, Span, changed_in_memory
 from .transform import Transform
 from .transform import lock as _lock
@@ -54,6 +56,11 @@ class Unit:
     @property
     def lent(self) -> bool:
         return bool(self.put)
+
+    def knows(self, rest: Tensor) -> bool:
+        """Whether it was asked which file ``rest`` is a slice of, and nothing was written into it since."""
+        known = self.known.get(id(rest))
+        return known is not None and known[0] is rest and known[1] == version(rest)
 
 
 class Engine:
@@ -268,19 +275,24 @@ class Engine:
         """The slices of files that ``rests`` are views of; for those of the homes in memory, none."""
         if unit.row.home != "disk":
             return [None] * len(rests)
-        mappings = None
+        if not all(unit.knows(rest) for rest in rests):
+            self._locate()
         spans: list[Span | None] = []
         for rest in rests:
-            known = unit.known.get(id(rest))
-            if known is None or known[0] is not rest or known[1] != version(rest):
-                mappings = mappings or Mappings()
-                known = (rest, version(rest), mappings.span(rest))
-                unit.known[id(rest)] = known
-            elif known[2] is not None and changed_in_memory(rest):
-                known = (rest, version(rest), None)
-                unit.known[id(rest)] = known
-            spans.append(known[2])
+            span = unit.known[id(rest)][2]
+            if span is not None and changed_in_memory(rest):
+                unit.known[id(rest)] = (rest, version(rest), None)
+                span = None
+            spans.append(span)
         return spans
+
+    def _locate(self) -> None:
+        """Find the slices of files behind everything that rests on disk; the system is asked once."""
+        mappings = Mappings()
+        for unit in self.units:
+            if unit.row.home == "disk" and not unit.lent:
+                rests = self._travelling(unit)[1]
+                unit.known = {id(rest): (rest, version(rest), mappings.span(rest)) for rest in rests}
 
     def _fetch(self, unit: Unit, rests: list[Tensor], must: bool = True) -> Cargo | None:
         lane = lane_to(unit.device)
@@ -331,7 +343,7 @@ class Engine:
         grad = torch.is_grad_enabled()  # asked first: leaving inference mode switches it on
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             for places, rest, tensor in zip(slots, rests, tensors, strict=True):
-                lent = _lent(tensor, rest)
+                lent = lend(tensor, rest)
                 for slot in places:
                     unit.put.append((slot, slot.tensor, lent))
                     slot.store[slot.name] = lent
@@ -342,7 +354,7 @@ class Engine:
             for slot, rest, lent in unit.put:
                 now = slot.store.get(slot.name)
                 if now is lent:
-                    if lent.is_leaf and (lent._version or _writes_unseen(slot)):
+                    if lent.is_leaf and (lent._version or writes_unseen(slot)):
                         rest.copy_(lent)
                     slot.store[slot.name] = rest
         unit.put = []
@@ -357,7 +369,7 @@ class Engine:
         for device in self._capacity:
             arena = lane_to(device).arena
             if arena is not None and any(arena.holds(t) for t in tensors_in(out)):
-                return _copied(out, arena.holds)
+                return copied(out, arena.holds)
         return out
 
     # -- what comes next -----------------------------------------------------------------------------
@@ -459,52 +471,7 @@ class Engine:
         return self.units[0].device if self.units else None
 
 
-class Shared:
-    """The room on one compute device that components kept until another needs it share."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._inside: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._evictions: set[tuple[int, int]] = set()  # (who had to go, for whom) since the last `forget`
-
-    def enter(self, engine: Engine) -> None:
-        """Make room for ``engine``. Two that take turns (a network and its ControlNet) stay both if they fit."""
-        for other in list(self._inside):
-            if other is engine or any(u.depth for u in other.units):
-                continue
-            take_turns = (id(engine), id(other)) in self._evictions
-            if take_turns and self._fits(engine):
-                continue
-            self._evictions.add((id(other), id(engine)))
-            other.settle()
-            self._inside.discard(other)
-        self._inside.add(engine)
-
-    def _fits(self, engine: Engine) -> bool:
-        if self.device.type != "cuda":
-            return False
-        free, _ = torch.cuda.mem_get_info(self.device)  # memory that activations took stays out of this
-        return bool(free > sum(u.row.nbytes for u in engine.units))
-
-    def clear(self, but: Engine | None = None) -> None:
-        """Take back what no call needs at the moment."""
-        for other in list(self._inside):
-            if other is not but and not any(u.depth for u in other.units):
-                other.settle()
-                self._inside.discard(other)
-
-    def forget(self) -> None:
-        self._evictions.clear()
-
-
-_rooms: dict[torch.device, Shared] = {}
 _ATTRIBUTE = "_effusion_engine"
-
-
-def room_on(device: torch.device) -> Shared:
-    if device not in _rooms:
-        _rooms[device] = Shared(device)
-    return _rooms[device]
 
 
 def engine_of(module: nn.Module) -> Engine | None:
@@ -536,51 +503,3 @@ def neighbours(module: nn.Module) -> list[Engine]:
 
 def _above(root: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: module for module in root.modules() for child in module.children()}
-
-
-class _Straight(torch.autograd.Function):
-    """Forward: the fetched weight. Backward: the gradient goes to the resting one."""
-
-    @staticmethod
-    def forward(ctx: Any, rest: Tensor, tensor: Tensor) -> Tensor:
-        ctx.home = rest.device, rest.dtype
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        device, dtype = ctx.home
-        return grads[0].to(device=device, dtype=dtype), None
-
-
-def _lent(tensor: Tensor, rest: Tensor) -> Tensor:
-    fresh = tensor.data  # counts its changes in place from zero
-    if not isinstance(rest, nn.Parameter):
-        return fresh
-    if rest.requires_grad and torch.is_grad_enabled():
-        return _Straight.apply(rest, fresh)  # type: ignore[no-any-return, no-untyped-call]
-    # as it rests, or compiled code compiles again; but autocast keeps a copy of every weight that asks for gradients
-    asks = rest.requires_grad and not torch.is_autocast_enabled(tensor.device.type)
-    lent = nn.Parameter(fresh, requires_grad=asks)
-    if rest.__dict__:
-        lent.__dict__.update(rest.__dict__)
-    return lent
-
-
-def _writes_unseen(slot: Slot) -> bool:
-    """Batch norm changes its statistics in a kernel that counts no versions."""
-    return slot.is_buffer and slot.module.training and isinstance(slot.module, nn.modules.batchnorm._NormBase)
-
-
-def _copied(value: Any, which: Callable[[Tensor], bool]) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone() if which(value) else value
-    if isinstance(value, (tuple, list)):
-        items: Sequence[Any] = [_copied(item, which) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        for key, item in list(value.items()):
-            value[key] = _copied(item, which)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            object.__setattr__(value, name, _copied(getattr(value, name, None), which))
-    return value

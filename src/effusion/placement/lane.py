@@ -195,7 +195,8 @@ class Lane:
                 end = min(b, a + READ)
                 jobs.append((piece, a, end))
                 a = end
-        if self._readers is None and len(jobs) > 1:
+        several = len(jobs) > 1 and stop - start > SMALL
+        if self._readers is None and several:
             self._readers = ThreadPoolExecutor(2, thread_name_prefix="effusion-read")
 
         def one(job: tuple[Piece, int, int]) -> None:
@@ -206,11 +207,11 @@ class Lane:
             else:
                 torch.frombuffer(part, dtype=torch.uint8).copy_(piece.source[a - piece.start : b - piece.start])
 
-        if len(jobs) == 1 or self._readers is None:
+        if several and self._readers is not None:
+            list(self._readers.map(one, jobs))
+        else:
             for job in jobs:
                 one(job)
-        else:
-            list(self._readers.map(one, jobs))
 
     def arrive(self, cargo: Cargo) -> None:
         """Wait until ``cargo`` can be computed with (on CUDA: make the computation wait)."""

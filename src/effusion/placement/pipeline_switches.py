@@ -12,8 +12,9 @@ from torch import nn
 from ..core import log
 from ..core.errors import PlanConflict
 from . import casting, device_map, homes, machine, moving, policies
-from .engine import engine_of, room_on
+from .engine import engine_of
 from .pipeline_plan import PlanSwitches
+from .rooms import room_on
 from .units import all_slots
 
 logger = log.get_logger(__name__)

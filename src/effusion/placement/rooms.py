@@ -1,0 +1,59 @@
+"""The room on a compute device that components share: one makes room for the next."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Shared:
+    """The room on one compute device that components kept until another needs it share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._inside: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._evictions: set[tuple[int, int]] = set()  # (who had to go, for whom) since the last `forget`
+
+    def enter(self, engine: Engine) -> None:
+        """Make room for ``engine``. Two that take turns (a network and its ControlNet) stay both if they fit."""
+        for other in list(self._inside):
+            if other is engine or any(u.depth for u in other.units):
+                continue
+            take_turns = (id(engine), id(other)) in self._evictions
+            if take_turns and self._fits(engine):
+                continue
+            self._evictions.add((id(other), id(engine)))
+            other.settle()
+            self._inside.discard(other)
+        self._inside.add(engine)
+
+    def _fits(self, engine: Engine) -> bool:
+        if self.device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self.device)  # memory that activations took stays out of this
+        return bool(free > sum(u.row.nbytes for u in engine.units))
+
+    def clear(self, but: Engine | None = None) -> None:
+        """Take back what no call needs at the moment."""
+        for other in list(self._inside):
+            if other is not but and not any(u.depth for u in other.units):
+                other.settle()
+                self._inside.discard(other)
+
+    def forget(self) -> None:
+        self._evictions.clear()
+
+
+_rooms: dict[torch.device, Shared] = {}
+
+
+def room_on(device: torch.device) -> Shared:
+    """The room on ``device``."""
+    if device not in _rooms:
+        _rooms[device] = Shared(device)
+    return _rooms[device]
