@@ -21,7 +21,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LONG, TOO_LONG = 300, 600  # lines
 
 
-@pytest.mark.parametrize("name", sorted(registry.public_names()))
+OWN = sorted(name for name, home in registry.public_names().items() if home.startswith("effusion."))
+
+
+@pytest.mark.parametrize("name", OWN)  # examples that were imported before have put theirs in the registry too
 def test_every_public_name_resolves(name: str) -> None:
     value = getattr(effusion, name)
     assert getattr(value, "__name__", name) == name

@@ -251,7 +251,7 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
             nonlocal bar
             if block.name == "denoise":
                 self._num_timesteps = len(state.timesteps)
-                bar = self.progress_bar(total=self._num_timesteps // self.components["scheduler"].order or 1)
+                bar = self.progress_bar(total=-(-self._num_timesteps // self.components["scheduler"].order))
 
         try:
             with torch.no_grad():

@@ -107,6 +107,11 @@ def denoise(kind: str, model_output: Tensor, sample: Tensor, alpha: float, sigma
     return model_output if a == 0 and b == 1 else combine((a, sample), (b, model_output))
 
 
+def root(value: Any) -> Any:
+    """The root of a NumPy number in its own precision, as torch rounds it on this machine."""
+    return (torch.as_tensor(value) ** 0.5).numpy()[()]
+
+
 def _roots(bar: Tensor) -> tuple[Array, Array, Array]:
     """``ᾱ, sqrt(ᾱ), sqrt(1 - ᾱ)`` as arrays; torch's roots, whose last bit is not always NumPy's."""
     return bar.cpu().numpy(), (bar**0.5).cpu().numpy(), ((1 - bar) ** 0.5).cpu().numpy()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.config import register_to_config
 from ..core.random import Generators, randn_tensor
-from .alpha import AlphaScheduler, denoise
+from .alpha import AlphaScheduler, denoise, root
 from .base import KARRAS_COMPATIBLES, DenoisedOutput, Device, combine
 from .noise import Array, NoiseSchedule, rescale_alpha_bar
 
@@ -75,7 +75,7 @@ class CogVideoXDDIMScheduler(ShiftedScheduler):
         t, t_prev = self._step_between(timestep)
         x0 = self._x0(model_output, sample, t)
         (bar, alpha, _), (bar_prev, alpha_prev, _) = self._level(t), self._level(t_prev)
-        a = ((1 - bar_prev) / (1 - bar)) ** 0.5
+        a = root((1 - bar_prev) / (1 - bar))
         prev_sample = combine((float(a), sample), (float(alpha_prev - alpha * a), x0))
         return DenoisedOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
@@ -104,7 +104,7 @@ class CogVideoXDPMScheduler(ShiftedScheduler):
         x0 = self._x0(model_output, sample, t)
         h = self._lambda(t_prev) - self._lambda(t)
         (bar, _, _), (bar_prev, alpha_prev, sigma_prev) = self._level(t), self._level(t_prev)
-        a = float(((1 - bar_prev) / (1 - bar)) ** 0.5) * math.exp(-h)
+        a = float(root((1 - bar_prev) / (1 - bar))) * math.exp(-h)
         b = -math.expm1(-2 * h) * float(alpha_prev)
         noise_scale = float(sigma_prev) * (-math.expm1(-2 * h)) ** 0.5
         noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)

@@ -13,7 +13,7 @@ from ..core.config import register_to_config
 from ..core.outputs import BaseOutput
 from ..core.random import Generators, randn_tensor
 from . import prediction, spacing
-from .alpha import AlphaScheduler
+from .alpha import AlphaScheduler, root
 from .base import Device, SchedulerOutput, combine, exactly_one, like, logger
 from .karras import KarrasScheduler
 from .noise import Array
@@ -161,7 +161,7 @@ class TCDScheduler(DistilledScheduler):
         if eta > 0 and i != (self.num_inference_steps or 0) - 1:
             noise = randn_tensor(model_output.shape, generator, model_output.device, noised.dtype)
             ratio = self._level(t_prev)[0] / bar_s
-            prev_sample = combine((float(np.sqrt(ratio)), noised), (float(np.sqrt(type(ratio)(1) - ratio)), noise))
+            prev_sample = combine((float(root(ratio)), noised), (float(root(type(ratio)(1) - ratio)), noise))
         self._advance()
         return TCDSchedulerOutput(prev_sample, noised) if return_dict else (prev_sample, noised)
 

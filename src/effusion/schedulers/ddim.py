@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.config import register_to_config
 from ..core.random import Generators, randn_tensor
 from . import prediction
-from .alpha import AlphaScheduler
+from .alpha import AlphaScheduler, root
 from .base import KARRAS_COMPATIBLES, DenoisedOutput, Device, combine, like, one_of
 from .noise import Array
 
@@ -82,9 +81,9 @@ class DDIMScheduler(AlphaScheduler):
             )
         kept, direction, std = float(alpha_prev), float(sigma_prev), 0.0
         if eta > 0:
-            scaled_std = type(bar)(eta) * np.sqrt(_variance(bar, bar_prev))
+            scaled_std = type(bar)(eta) * root(_variance(bar, bar_prev))
             rest = type(bar)(1) - bar_prev - scaled_std * scaled_std
-            direction, std = float(np.sqrt(max(rest, 0 * rest))), float(scaled_std)
+            direction, std = float(root(max(rest, 0 * rest))), float(scaled_std)
         if use_clipped_model_output:  # ε = (x - α x_0) / σ of the clipped x_0
             scaled = direction / float(sigma)
             prev_sample = combine((kept - scaled * float(alpha), x0), (scaled, sample))
