@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from .arena import tensors_in
 from .engine import engine_of
 from .units import all_slots
+from .workspaces import workspace
 
 ENTRIES = ("encode", "decode")
 
@@ -66,19 +67,11 @@ class Alive(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out if isinstance(out, (tuple, list)) else [out]):
             self._remember(tensor)
-        self.peak = max(self.peak, self.now + self._workspace(func, args, out))
+        self.peak = max(self.peak, self.now + (workspace(str(func), args, out) if self.on_cpu else 0))
         formula = flop_registry.get(getattr(func, "_overloadpacket", None))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
-
-    def _workspace(self, func: Any, args: Any, out: Any) -> int:
-        """Convolutions on the CPU reorder their operands into blocked copies and the result back."""
-        if not self.on_cpu or "convolution" not in str(func):
-            return 0
-        return sum(t.nbytes for t in tensors_in([a for a in args if isinstance(a, Tensor)])) + (
-            out.nbytes if isinstance(out, Tensor) else 0
-        )
 
 
 def rehearse(components: Mapping[str, nn.Module], run: Callable[[], Any], device: torch.device) -> dict[str, Rehearsed]:

@@ -1,0 +1,70 @@
+"""Memory that operators take on the CPU for the time of a call, beside what they return.
+
+Convolutions run in oneDNN's blocked layouts: operands are copied into blocks of sixteen channels and the result is
+copied back, so that for a moment there are two of each. Attention works through tiles, one set per thread. The
+figures were measured operator by operator (``benchmarks/forecast.py --operators``) and follow from sizes alone.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = 16  # channels
+_TILE = (256, 512)  # queries, keys per tile of attention
+_SMALL = 20_480  # elements of one picture below which convolutions run without oneDNN
+
+
+def workspace(name: str, args: tuple[Any, ...], out: Any) -> int:
+    """Bytes that the operator ``name`` needs on the CPU beside its inputs and its result.
+
+    Args:
+        name: of the operator, as in ``aten.convolution.default``.
+        args: its positional arguments.
+        out: what it returned.
+    """
+    if name.startswith("aten.convolution") and isinstance(out, Tensor):
+        return _convolution(args[0], args[1], args[3], args[6] if len(args) > 6 else False, out)
+    if "scaled_dot_product" in name and isinstance(args[0], Tensor):
+        return _attention(args[0])
+    return 0
+
+
+def _convolution(x: Tensor, weight: Tensor, stride: Any, transposed: bool, out: Tensor) -> int:
+    """Blocked input, weights and result live together; then the blocked result and the plain one."""
+    kernel = prod(weight.shape[2:])
+    if not _in_blocks(x, weight, stride, transposed):
+        return x.shape[1] * kernel * prod(out.shape[2:]) * x.itemsize if kernel > 1 else 0  # unfolded columns
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return _blocked(weight, 2)
+    blocked_out = _blocked(out)
+    first = _blocked(x) + _blocked(weight, 2) + blocked_out
+    if kernel == 1 and x.dtype is not torch.float32:
+        first += _blocked(x)
+    return max(first, blocked_out + out.nbytes) - out.nbytes
+
+
+def _in_blocks(x: Tensor, weight: Tensor, stride: Any, transposed: bool) -> bool:
+    """Whether the convolution runs in oneDNN; small pictures, and 1x1 on one thread, don't."""
+    if x.dtype is not torch.float32:
+        return True
+    kernel = weight.shape[2:]
+    spread = transposed or max(stride) > 1 or x.shape[0] >= 16 or max(kernel) > 1 or torch.get_num_threads() > 1
+    return spread and (min(kernel) > 3 or x.shape[0] > 1 or x.numel() > _SMALL)
+
+
+def _blocked(tensor: Tensor, channel_dims: int = 1) -> int:
+    """Bytes of ``tensor`` with its channels filled up to whole blocks: dimension 1, or 0 and 1 of weights."""
+    shape = list(tensor.shape)
+    for dim in (1,) if channel_dims == 1 else (0, 1):
+        shape[dim] = -(-shape[dim] // _BLOCK) * _BLOCK
+    return prod(shape) * tensor.itemsize
+
+
+def _attention(query: Tensor) -> int:
+    """A tile of scores and one of results for each thread."""
+    queries = min(query.shape[-2], _TILE[0])
+    return int(torch.get_num_threads() * queries * (_TILE[1] + query.shape[-1]) * 4)
