@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,13 @@ from .lender import Lender
 from .lent import copied, lend, writes_unseen
 from .plan import Row
 from .rooms import room_on
-from .sources import Mappings, Span, changed_in_memory
+from .sources import Mappings, Span, changed_in_memory, give_back_pages
 from .transform import Transform
 from .transform import lock as _lock
 from .units import Group, Slot, is_called, peeking_owners
+
+if TYPE_CHECKING:
+    from .hoisting import Hoisting
 
 logger = log.get_logger(__name__)
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -50,12 +53,18 @@ class Unit:
     cargo: Cargo | None = None  # lent, or kept
     coming: Cargo | None = None  # fetched ahead
     put: list[tuple[Slot, Tensor, Tensor]] = field(default_factory=list)  # (slot, resting, lent)
+    in_place: bool = False  # computes from the mapped file; its pages go back when it is dropped
     outer: bool = False  # modules of other units are called while it is lent
     known: dict[int, tuple[Tensor, int, Span | None]] = field(default_factory=dict)  # slices found, by slot
 
     @property
     def lent(self) -> bool:
-        return bool(self.put)
+        return bool(self.put) or self.in_place
+
+    @property
+    def maps(self) -> bool:
+        """Whether it computes from the mapped file itself: what is kept on the CPU needs no copy."""
+        return self.row.keep and self.row.home == "disk" and self.device.type == "cpu"
 
     def knows(self, rest: Tensor) -> bool:
         """Whether it was asked which file ``rest`` is a slice of, and nothing was written into it since."""
@@ -89,6 +98,7 @@ class Engine:
         self.offload: torch.device | None = None
         self.pinned = 0  # bytes
         self._files: list[Path] = []
+        self.hoisting: Hoisting | None = None
         self._lingering: list[Unit] = []  # lent, not needed by a call now, dropped when another unit comes
         _engines.add(self)
         weakref.finalize(self, homes.remove, self._files)
@@ -109,9 +119,29 @@ class Engine:
 
     def set_units(self, units: list[Unit], policy: dict[str, Any]) -> None:
         """Serve by ``units`` from now on, instead of whatever was before."""
+        self.unhoist()
+        self.policy = policy
+        self._serve(units)
+
+    def hoist(self, hoisting: Hoisting, units: list[Unit]) -> None:
+        """Let a table answer for some modules, and serve by ``units``, those of before without these modules."""
+        self.unhoist()
+        hoisting.units_before = self.units
+        self.hoisting = hoisting
+        self._serve(units)
+
+    def unhoist(self) -> None:
+        """The weights of hoisted modules travel with their units again."""
+        self.settle()
+        hoisting, self.hoisting = self.hoisting, None
+        if hoisting is not None:
+            hoisting.restore()
+            self._serve(hoisting.units_before)
+
+    def _serve(self, units: list[Unit]) -> None:
         self.settle()
         self.uninstall()
-        self.units, self.policy = units, policy
+        self.units = units
         self._next.clear()
         self._recent, self._frontier = (None, None), None
         triggers = {id(t) for u in units for t in u.triggers}
@@ -151,6 +181,9 @@ class Engine:
             for place in {module, peeked.get(id(module), ("", module))[1]}:
                 if transform not in lender_for(place).transforms:
                     lender_for(place).transforms.append(transform)
+        if self.hoisting is not None:
+            for module in (self.root, *self.hoisting.modules):
+                lender_for(module)
         if self.give_back and self.root not in lenders and lenders:
             lender_for(self.root)
         for module, lender in lenders.items():
@@ -171,6 +204,16 @@ class Engine:
                 return top
             at = above[at]
 
+    def inside_compiled(self) -> set[int]:
+        """The ids of modules that nothing can stand before: they are compiled as a part of another one."""
+        return {
+            id(inner)
+            for module in self.root.modules()
+            if lending.compiled_call(module) is not None or lending.has_compiled_forward(module)
+            for inner in module.modules()
+            if inner is not module
+        }
+
     def _guard_compile(self, lenders: dict[nn.Module, Lender], above: dict[nn.Module, nn.Module]) -> None:
         guarded: dict[nn.Module, None] = {}
         for module in lenders:
@@ -190,7 +233,7 @@ class Engine:
 
     def compile(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """``module.compile(…)`` while served: weights are lent outside the compiled region."""
-        self.settle()
+        self.unhoist()
         self.uninstall()
         nn.Module.compile(module, *args, **kwargs)
         self.install()
@@ -236,6 +279,9 @@ class Engine:
     def _lend(self, unit: Unit) -> None:
         if unit.row.keep or self.policy["kind"] == "plan":  # a plan's peak counts on others being gone
             room_on(unit.device).enter(self)
+        if unit.maps:
+            unit.in_place = True
+            return
         lane = lane_to(unit.device)
         slots, rests = self._travelling(unit)
         cargo, unit.coming = unit.coming, None
@@ -290,7 +336,7 @@ class Engine:
         """Find the slices of files behind everything that rests on disk; the system is asked once."""
         mappings = Mappings()
         for unit in self.units:
-            if unit.row.home == "disk" and not unit.lent:
+            if unit.row.home == "disk" and not unit.put:
                 rests = self._travelling(unit)[1]
                 unit.known = {id(rest): (rest, version(rest), mappings.span(rest)) for rest in rests}
 
@@ -350,6 +396,11 @@ class Engine:
 
     def _drop(self, unit: Unit) -> None:
         """The resting weights again; what the call wrote to is written back."""
+        if unit.in_place:
+            unit.in_place = False
+            rests = self._travelling(unit)[1]
+            spans = self._spans(unit, rests)
+            give_back_pages(rest for rest, span in zip(rests, spans, strict=True) if span is not None)
         with torch.no_grad():
             for slot, rest, lent in unit.put:
                 now = slot.store.get(slot.name)
@@ -435,7 +486,7 @@ class Engine:
 
     def close(self) -> None:
         """Serve no more; what rests in the modules stays where it is."""
-        self.settle()
+        self.unhoist()
         self.uninstall()
         self.units, self.transforms = [], {}
         self.replace_files([])

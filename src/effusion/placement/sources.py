@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
+import mmap
 import os
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +150,24 @@ def changed_in_memory(tensor: Tensor) -> bool:
     entries = torch.frombuffer(bytearray(raw), dtype=torch.int64)
     touched = (entries >> 62) != 0  # present, or swapped out
     return bool((touched & ((entries & (1 << 61)) == 0)).any())
+
+
+def give_back_pages(tensors: Iterable[Tensor]) -> None:
+    """Take the pages of ``tensors``, unchanged views of mapped files, out of this process; whoever reads them again
+    gets them from the file (or from the system's cache of it)."""
+    areas: list[list[int]] = []
+    for start, stop in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel()):
+        if areas and start - areas[-1][1] <= 64:
+            areas[-1][1] = max(stop, areas[-1][1])
+        else:
+            areas.append([start, stop])
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    libc = ctypes.CDLL(None)
+    for start, stop in areas:
+        first, last = -(-start // _PAGE) * _PAGE, stop // _PAGE * _PAGE
+        if last > first:
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 _pagemap: list[int] = []  # descriptor of this process's page map; empty: not opened yet, [-1]: there is none
