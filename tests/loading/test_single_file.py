@@ -196,7 +196,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
     "1.5 inpainting": ("UNet2DConditionModel", {**COMMON, "in_channels": 9}, "Stable Diffusion 1.x"),
     "2.1": (
         "UNet2DConditionModel",
-        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "sample_size": 64},
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "sample_size": 96},
         "Stable Diffusion 2.x",
     ),
     "xl": ("UNet2DConditionModel", XL, "Stable Diffusion XL"),

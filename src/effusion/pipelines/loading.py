@@ -291,8 +291,21 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
         return cls._prepare(folder, options)
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return prepare_foreign(cls, root, options)
+    return small_component(cls, root)
+
+
+def small_component(cls: Any, root: Path) -> Any:
+    """A scheduler, tokenizer or processor in the folder ``root``.
+
+    Those of transformers are told that they may not run code of their own: left to itself, that package asks
+    whoever sits at the terminal.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    closed = {"trust_remote_code": False} if cls.__module__.split(".")[0] == "transformers" else {}
     try:
-        return cls.from_pretrained(root)
+        return cls.from_pretrained(root, **closed)
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers and processors raise anything on damaged files

@@ -16,6 +16,7 @@ from ..models.auto_model import AutoModel
 from ..weights import recognise, single_file
 from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import Prepared
+from ..weights.verdict import Part, Verdict
 from . import loading
 from .components import component_names
 from .foreign import native_class, prepare_from
@@ -28,6 +29,11 @@ _HOMES = {
     "Stable Diffusion 2.x": "stabilityai/stable-diffusion-2-1",
     "Stable Diffusion XL": "stabilityai/stable-diffusion-xl-base-1.0",
     "Stable Diffusion XL refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
+    "LCM": "SimianLuo/LCM_Dreamshaper_v7",
+    "FLUX.1": "black-forest-labs/FLUX.1-schnell",
+    "Stable Diffusion 3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "PixArt": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    "Qwen-Image": "Qwen/Qwen-Image",
 }
 _DEPRECATED = ("load_safety_checker", "scheduler_type", "num_in_channels", "extract_ema", "upcast_attention")
 
@@ -50,10 +56,11 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     options = loading.PipelineOptions.take(kwargs)
     checkpoint = single_file.open_source(source, **options.base.where)
     verdict = recognise.recognise(checkpoint)
-    if verdict.kind != "pipeline" or verdict.pipeline is None:
+    if verdict.pipeline is None:
         raise CheckpointError(f"{checkpoint.label} is no pipeline; it is {verdict.describe()}")
     if cls.__name__ == "DiffusionPipeline":
         cls = registry.find_class("diffusers", verdict.pipeline)
+    _check_family(cls, verdict, checkpoint.label)
     loading._check_arguments(cls, kwargs, options)
     folder = _home(home, options) if home is not None else None
     parts = {n: p for n, p in verdict.parts.items() if n in component_names(cls) and n not in kwargs}
@@ -63,6 +70,15 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
     pipe = cls(**{**given, **loading._build(prepared)})
     return loading._place(pipe, options)
+
+
+def _check_family(cls: Any, verdict: Verdict, label: str) -> None:
+    """The file may be of another family than ``cls``: that shows in parts for which it has no place."""
+    odd = sorted(set(verdict.parts) - set(component_names(cls)))
+    if odd and verdict.family not in ("Stable Diffusion XL refiner", ""):
+        raise CheckpointError(
+            f"{label} is {verdict.describe()}; {cls.__name__} has no {odd}: use {verdict.pipeline}, or `effusion.load`"
+        )
 
 
 def _home(home: Any, options: loading.PipelineOptions) -> Path:
@@ -78,7 +94,7 @@ def _home(home: Any, options: loading.PipelineOptions) -> Path:
 
 
 def _prepare(
-    name: str, part: recognise.Part, checkpoint: Checkpoint, folder: Path | None, options: loading.PipelineOptions
+    name: str, part: Part, checkpoint: Checkpoint, folder: Path | None, options: loading.PipelineOptions
 ) -> Any:
     """One component of the file, checked against its configuration."""
     config: Any = dict(part.config)
@@ -93,7 +109,7 @@ def _prepare(
 
 
 def _companions(
-    cls: Any, verdict: recognise.Verdict, folder: Path | None, options: loading.PipelineOptions, there: set[str]
+    cls: Any, verdict: Verdict, folder: Path | None, options: loading.PipelineOptions, there: set[str]
 ) -> dict[str, Any]:
     """What the file does not carry: scheduler and tokenizers, and ``None`` for optional components."""
     found: dict[str, Any] = {}
@@ -102,7 +118,7 @@ def _companions(
             continue
         if name == "scheduler":
             found[name] = _scheduler(verdict, folder)
-        elif name.startswith("tokenizer"):
+        elif name.startswith("tokenizer") and name.replace("tokenizer", "text_encoder") in there:
             found[name] = _tokenizer(name, verdict, folder, options)
         elif name in cls._optional_components:
             found[name] = None
@@ -112,17 +128,20 @@ def _companions(
     return found
 
 
-def _scheduler(verdict: recognise.Verdict, folder: Path | None) -> Any:
+def _scheduler(verdict: Verdict, folder: Path | None) -> Any:
     config = dict(verdict.settings["scheduler"])
     if folder is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
         config = read_json(folder / "scheduler" / "scheduler_config.json")
     return registry.find_class("diffusers", config["_class_name"]).from_config(config)
 
 
-def _tokenizer(name: str, verdict: recognise.Verdict, folder: Path | None, options: loading.PipelineOptions) -> Any:
+def _tokenizer(name: str, verdict: Verdict, folder: Path | None, options: loading.PipelineOptions) -> Any:
     root = folder / name if folder is not None else None
     if root is None or not root.is_dir():
-        home, where = _HOMES[verdict.name], {k: v for k, v in options.base.where.items() if k in ("token", "cache_dir")}
+        home, where = (
+            _HOMES[verdict.family],
+            {k: v for k, v in options.base.where.items() if k in ("token", "cache_dir")},
+        )
         local = bool(options.base.where.get("local_files_only"))
         try:
             root = hub.snapshot(home, [f"{name}/*"], literal=False, local_files_only=local, **where) / name
@@ -131,8 +150,18 @@ def _tokenizer(name: str, verdict: recognise.Verdict, folder: Path | None, optio
                 f"no single file carries its {name}, and {home} could not be asked for it: pass `{name}=`, or "
                 f"`config=` with a folder of {verdict.name} ({error})"
             ) from error
-    cls = native_class("CLIPTokenizer", root) or registry.find_class("transformers", "CLIPTokenizer")
-    return cls.from_pretrained(root)
+    class_name = _tokenizer_class(name, verdict, root.parent / INDEX)
+    return loading.small_component(
+        native_class(class_name, root) or registry.find_class("transformers", class_name), root
+    )
+
+
+def _tokenizer_class(name: str, verdict: Verdict, index: Path) -> str:
+    entry = read_json(index).get(name) if index.is_file() else None
+    if isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers" and isinstance(entry[1], str):
+        return entry[1]
+    encoder = verdict.parts.get(name.replace("tokenizer", "text_encoder"))
+    return "T5TokenizerFast" if encoder is not None and encoder.class_name == "T5EncoderModel" else "CLIPTokenizer"
 
 
 # -- saving --------------------------------------------------------------------------------------
@@ -149,21 +178,47 @@ _TEXT = {
 }
 
 
+# main network -> (component, prefix, kind) of everything that such files have
+_WHOLE = {
+    "FluxTransformer2DModel": (
+        ("transformer", "model.diffusion_model.", "network"), ("vae", "vae.", "network"),
+        ("text_encoder", "text_encoders.clip_l.transformer.", "clip"),
+        ("text_encoder_2", "text_encoders.t5xxl.transformer.", "t5"),
+    ),
+    "SD3Transformer2DModel": (
+        ("transformer", "model.diffusion_model.", "network"), ("vae", "first_stage_model.", "network"),
+        ("text_encoder", "text_encoders.clip_l.transformer.", "clip"),
+        ("text_encoder_2", "text_encoders.clip_g.transformer.", "clip"),
+        ("text_encoder_3", "text_encoders.t5xxl.transformer.", "t5"),
+    ),
+    "PixArtTransformer2DModel": (
+        ("transformer", "model.diffusion_model.", "network"), ("vae", "first_stage_model.", "network"),
+        ("text_encoder", "text_encoders.t5xxl.transformer.", "t5"),
+    ),
+}  # fmt: skip
+
+
 def save_single(pipe: Any, path: str | os.PathLike[str], **metadata: str) -> None:
-    """Write networks and text encoders of a Stable Diffusion pipeline into one file in the original layout.
+    """Write networks and text encoders of a pipeline into one file in the original layout of its family.
 
     Raises:
-        ValueError: a pipeline of another family.
+        ValueError: a pipeline whose family has none.
     """
     components = pipe.components
-    if "unet" not in components or "vae" not in components:
+    transformer = type(components.get("transformer")).__name__
+    if transformer in _WHOLE:
+        parts = _WHOLE[transformer]
+    elif "unet" not in components or "vae" not in components:
         raise ValueError(f"{type(pipe).__name__} has no single-file layout that is known here; use `save_pretrained`")
-    if components.get("text_encoder_2") is not None:
-        kind = "refiner" if components.get("text_encoder") is None else "xl"
     else:
-        kind = "open_clip" if components["unet"].config.use_linear_projection else "clip"
-    state = single_file.pipeline_state(components, (*_CLASSIC, *_TEXT[kind]))
-    single_file.write_single(path, state, metadata)
+        parts = (*_CLASSIC, *_TEXT[_text_kind(components)])
+    single_file.write_single(path, single_file.pipeline_state(components, parts), metadata)
+
+
+def _text_kind(components: Mapping[str, Any]) -> str:
+    if components.get("text_encoder_2") is not None:
+        return "refiner" if components.get("text_encoder") is None else "xl"
+    return "open_clip" if components["unet"].config.use_linear_projection else "clip"
 
 
 # -- anything ------------------------------------------------------------------------------------
@@ -191,12 +246,26 @@ def load(source: single_file.Source, **kwargs: Any) -> Any:
     where, _ = hub.split_location(kwargs)
     checkpoint = single_file.open_source(source, **where)
     verdict = recognise.recognise(checkpoint)
-    if verdict.kind == "pipeline" and verdict.pipeline is not None:
-        return load_single(registry.find_class("diffusers", verdict.pipeline), source, **kwargs)
-    if verdict.kind == "model" and len(verdict.parts) == 1:
-        part = next(iter(verdict.parts.values()))
-        return registry.find_class(part.library, part.class_name).from_single_file(source, **kwargs)
-    raise CheckpointError(f"{checkpoint.label} is {verdict.describe()}")
+    if verdict.pipeline is not None:
+        cls = registry.find_class("diffusers", verdict.pipeline)
+        if verdict.kind == "pipeline" or kwargs.keys() & set(component_names(cls)):
+            return load_single(cls, source, **kwargs)
+    if verdict.kind != "model" or len(verdict.parts) != 1:
+        raise CheckpointError(f"{checkpoint.label} is {verdict.describe()}")
+    part = next(iter(verdict.parts.values()))
+    if part.library == "transformers":
+        return _load_encoder(part, checkpoint, **kwargs)
+    return registry.find_class(part.library, part.class_name).from_single_file(source, **kwargs)
+
+
+def _load_encoder(part: Part, checkpoint: Checkpoint, **kwargs: Any) -> Any:
+    """A text encoder alone in a file."""
+    home = kwargs.pop("config", None)
+    options = loading.PipelineOptions.take(kwargs)
+    if kwargs:
+        raise ValueError(f"{part.class_name} is loaded without {sorted(kwargs)}")
+    folder = Path(home).parent if home is not None else None
+    return _prepare(Path(home or "x").name, part, checkpoint, folder, options).build()
 
 
 def _load_folder(folder: Path, **kwargs: Any) -> Any:

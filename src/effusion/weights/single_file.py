@@ -14,8 +14,9 @@ from ..core import hub
 from ..core.errors import CheckpointError, MissingFile
 from . import saving
 from .checkpoint import Checkpoint, from_dict, open_file
-from .layouts import infer, stable_diffusion, transformers
-from .layouts.table import Row, to_theirs
+from .layouts import stable_diffusion
+from .layouts.known import layout_of
+from .layouts.table import to_theirs
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 _LINK = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)")
@@ -46,24 +47,6 @@ def open_source(source: Source, **where: Any) -> Checkpoint:
     return open_file(hub.resolve_file(found["repo"], found["name"], **where))
 
 
-def layout_of(class_name: str, config: Mapping[str, Any]) -> tuple[Row, ...] | None:
-    """The table of a network's original layout, or ``None`` if there is none."""
-    blocks, layers = len(config.get("block_out_channels", ())), config.get("layers_per_block")
-    if class_name == "UNet2DConditionModel" and isinstance(layers, int):
-        attention = infer.up_attention(config)
-        return stable_diffusion.unet(blocks, layers, attention, config.get("class_embed_type") == "projection")
-    if class_name == "ControlNetModel" and isinstance(layers, int):
-        hints = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
-        return stable_diffusion.controlnet(blocks, layers, hints)
-    if class_name == "FluxTransformer2DModel":
-        return transformers.FLUX
-    if class_name == "SD3Transformer2DModel":
-        return transformers.sd3_table(config["num_layers"])
-    if class_name == "AutoencoderKL":
-        return stable_diffusion.vae(blocks)
-    return None
-
-
 # the prefix that lone networks have in their own files
 LONE = {"UNet2DConditionModel": "model.diffusion_model.", "ControlNetModel": "control_model."}
 
@@ -81,10 +64,17 @@ def original_state(model: Any, prefix: str | None = None) -> dict[str, Tensor]:
     return to_theirs(model.state_dict(), table, LONE.get(name, "") if prefix is None else prefix)
 
 
-def text_state(model: Any, prefix: str, open_clip: bool) -> dict[str, Tensor]:
-    """The weights of a CLIP text model as single files have them."""
-    named = {("" if n.startswith("text_") else "text_model.") + n: t for n, t in model.state_dict().items()}
-    if open_clip:
+def text_state(model: Any, prefix: str, kind: str) -> dict[str, Tensor]:
+    """The weights of a text encoder as single files have them.
+
+    Args:
+        kind: ``"clip"`` (names of transformers), ``"open_clip"`` (names of OpenCLIP) or ``"t5"``.
+    """
+    state = model.state_dict()
+    if kind == "t5":
+        return {prefix + name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
+    named = {("" if n.startswith("text_") else "text_model.") + n: t for n, t in state.items()}
+    if kind == "open_clip":
         return to_theirs(named, stable_diffusion.OPEN_CLIP, prefix)
     return {prefix + name: tensor for name, tensor in named.items()}
 
@@ -102,10 +92,6 @@ def pipeline_state(components: Mapping[str, Any], prefixes: Sequence[tuple[str, 
     for name, prefix, kind in prefixes:
         component = components.get(name)
         if component is not None:
-            own = (
-                original_state(component, prefix)
-                if kind == "network"
-                else text_state(component, prefix, kind == "open_clip")
-            )
-            state.update(own)
+            network = kind == "network"
+            state.update(original_state(component, prefix) if network else text_state(component, prefix, kind))
     return state

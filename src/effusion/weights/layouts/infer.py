@@ -60,6 +60,7 @@ def unet(shapes: Shapes) -> dict[str, Any]:
         # the first models have eight heads everywhere, later ones 64 channels in each head
         "attention_head_dim": [max(c // 64, 1) for c in channels] if linear else 8,
         **_label(shapes),
+        **_guided(shapes),
     }
 
 
@@ -73,6 +74,12 @@ def _label(shapes: Shapes) -> dict[str, Any]:
     if cross == 1024:
         return {"class_embed_type": "projection", **dim}
     return {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, **dim}
+
+
+def _guided(shapes: Shapes) -> dict[str, Any]:
+    """A network distilled for few steps reads the guidance scale, as an embedding of this width."""
+    projection = shapes.get("time_embed.cond_proj.weight")
+    return {"time_cond_proj_dim": projection[1]} if projection else {}
 
 
 def up_attention(config: Mapping[str, Any]) -> list[bool]:

@@ -45,6 +45,7 @@ def embeddings(class_projection: bool = False) -> tuple[Row, ...]:
     return (
         Row("time_embed.0.", "time_embedding.linear_1."),
         Row("time_embed.2.", "time_embedding.linear_2."),
+        Row("time_embed.cond_proj.", "time_embedding.cond_proj."),
         Row("label_emb.0.0.", f"{extra}.linear_1."),
         Row("label_emb.0.2.", f"{extra}.linear_2."),
     )
@@ -120,7 +121,7 @@ def vae(blocks: int) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-CLIP = (Row("text_model.", "text_model."),)  # as transformers has it
+CLIP = (Row("text_model.", "text_model."), Row("text_projection.", "text_projection."))  # as transformers has it
 OPEN_CLIP = (
     Row("token_embedding.", "text_model.embeddings.token_embedding."),
     Row("positional_embedding", "text_model.embeddings.position_embedding.weight"),
