@@ -98,7 +98,7 @@ def _is_a(module: nn.Module, what: type[nn.Module] | str) -> bool:
 def cast(module: nn.Module, layers: Sequence[nn.Module], storage: torch.dtype, compute: torch.dtype) -> None:
     """Let the weights of ``layers``, all inside ``module``, rest in ``storage`` and compute in ``compute``."""
     engine = _serving(module)
-    engine.settle()
+    engine.unhoist()
     originals: dict[int, Span | None] = {}
     mappings = Mappings()
     with torch.inference_mode(False), torch.no_grad():
@@ -123,7 +123,7 @@ def uncast(module: nn.Module) -> None:
     engine = engine_of(module)
     if engine is None:
         return
-    engine.settle()
+    engine.unhoist()
     with torch.inference_mode(False), torch.no_grad():
         for layer, transform in list(engine.transforms.items()):
             for name, (_, compute) in transform.casts.items():

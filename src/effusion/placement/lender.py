@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .engine import Engine, Unit
     from .transform import Transform
 
+MISS = object()  # what a table says that has no answer
 ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")  # methods that start work without a call
 
 
@@ -38,6 +39,13 @@ class Lender:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiling = set_eval_frame(None)  # what is ours is not compiled; what is called may be
+        hoisting, top = self.engine.hoisting, self.module is self.engine.root
+        if hoisting is not None and not top:
+            answer = hoisting.answer(self.module, args, kwargs)
+            if answer is not MISS:
+                set_eval_frame(compiling)
+                return answer
+        before = hoisting.begin(args, kwargs) if hoisting is not None and top else None
         origin = None
         if self.device is not None:
             origin = first_device(args, kwargs) if self.give_back else None
@@ -66,6 +74,8 @@ class Lender:
                 transform.exit()
             for unit in reversed(entered):
                 self.engine.exit(unit, self.module, failed)
+            if hoisting is not None and top:
+                hoisting.end(before)
             set_eval_frame(compiling)
         return out if origin is None else move(out, origin)
 

@@ -37,7 +37,7 @@ def rearranging(module: nn.Module) -> Iterator[None]:
     if engine is None:
         yield
         return
-    engine.settle()
+    engine.unhoist()
     try:
         yield
     finally:
