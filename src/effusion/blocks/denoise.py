@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,11 +32,15 @@ def denoise(
     joint_attention_kwargs: dict[str, Any] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
     use_clipped_model_output: bool | None = None,
+    hoist: Any = None,
 ) -> Iterator[Step]:
     """Go from noise to latents: per step scale the input, predict each branch, guide, step, blend.
 
     Yields a :class:`Step` after each; the consumer may change ``state`` (latents, conditioning,
     ``interrupted``) and the loop goes on with what it finds there.
+
+    Args:
+        hoist: is shown the calls of the network that will be made, before they are, and again when conditions changed.
     """
     model = components[family.denoiser]
     options = step_options(scheduler, eta=eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
@@ -41,7 +48,11 @@ def denoise(
     scale_input = getattr(scheduler, "scale_model_input", lambda x, t: x)
     predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs or attention_kwargs)
     assert state.latents is not None and state.conds is not None
+    seen: tuple[Cond, ...] = ()
     for index, t in enumerate(timesteps):
+        if hoist is not None and any(a is not b for a, b in zip_longest(seen, state.conds.values())):
+            seen = tuple(state.conds.values())
+            hoist(partial(foresee, predictor, timesteps, index))
         done, total = index / len(timesteps), len(timesteps)
         predict = predictor.at(scale_input(state.latents, t), t, (done, (index + 1) / total))
         prediction = state.guider(predict, state.conds, done)
@@ -53,6 +64,21 @@ def denoise(
         yield Step(index, t, len(timesteps), state)
         if state.interrupted:
             break
+
+
+def foresee(predictor: Predictor, timesteps: Tensor, start: int = 0) -> None:
+    """Ask for the predictions of the steps from ``start`` on with latents that have a shape and no values."""
+    state = predictor.state
+    assert state.latents is not None
+    x = torch.empty_like(state.latents, device="meta")
+    guider, control = copy.copy(state.guider), state.control
+    state.control = copy.copy(control)
+    try:
+        for index, t in enumerate(timesteps[start:], start):
+            part = (index / len(timesteps), (index + 1) / len(timesteps))
+            guider(predictor.at(x, t, part), state.conds, part[0])
+    finally:
+        state.control = control
 
 
 class Predictor:

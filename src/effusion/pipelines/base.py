@@ -219,6 +219,7 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
             "device": self._execution_device,
             "image_processor": self.image_processor,
             "mask_processor": self.mask_processor,
+            "hoist": self._hoister(),
         }
 
     def stream(self, **inputs: Any) -> Iterator[Step]:

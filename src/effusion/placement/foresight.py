@@ -48,7 +48,7 @@ class Weights(Protocol):
 
     def __contains__(self, tensor: Tensor) -> bool: ...
 
-    def dtype(self, tensor: Tensor) -> torch.dtype: ...
+    def like(self, tensor: Tensor) -> Tensor: ...  # without values, as it is computed with
 
     def note(self, tensor: Tensor) -> None: ...
 
@@ -66,8 +66,8 @@ class NoWeights:
     def __contains__(self, tensor: Tensor) -> bool:
         return False
 
-    def dtype(self, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype
+    def like(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def note(self, tensor: Tensor) -> None:
         pass
@@ -135,14 +135,10 @@ class Foresight(TorchFunctionMode):
         if name in _PLACES and (weight or tensor.is_meta):
             place = self.weights.device
             return place if name == "device" else place.type == name.removeprefix("is_")
-        if name == "dtype" and weight:
-            return self.weights.dtype(tensor)
         if isinstance(tensor, Known):
             return self._combined([func(part) for part in tensor.parts])
-        value = func(tensor)
-        if weight and isinstance(value, Tensor) and not self.unknown(tensor):
-            return self._known(func, [tensor], (tensor,), {}, None)
-        return value
+        value = func(self.weights.like(tensor) if weight else tensor)
+        return self._known(func, [tensor], (tensor,), {}, None) if weight and isinstance(value, Tensor) else value
 
     # -- operators ---------------------------------------------------------------------------------
 
@@ -154,7 +150,7 @@ class Foresight(TorchFunctionMode):
         try:
             results = []
             for index in range(count):
-                a, k = (_mapped(v, lambda t, i=index: self._value(t, i, lent), self.symbolic) for v in (args, kwargs))
+                a, k = (mapped(v, lambda t, i=index: self._value(t, i, lent), self.symbolic) for v in (args, kwargs))
                 results.append(func(*a, **k))
         finally:
             self.weights.give_back()
@@ -186,7 +182,7 @@ class Foresight(TorchFunctionMode):
             return self._taint(target)
         if name in ("cpu", "cuda"):
             return args[0]
-        a, k = (_mapped(v, self._shape, True) for v in (args, kwargs))
+        a, k = (mapped(v, self._shape, True) for v in (args, kwargs))
         if name == "to":
             k.pop("copy", None)
             _, dtype, _, _ = torch._C._nn._parse_to(*a[1:], **k)
@@ -199,11 +195,15 @@ class Foresight(TorchFunctionMode):
         return target
 
     def _shape(self, tensor: Tensor) -> Tensor:
-        """``tensor`` without values, in the dtype that is computed with."""
-        if tensor.is_meta and not isinstance(tensor, Known) and tensor not in self.weights:
-            return tensor
-        dtype = self.weights.dtype(tensor) if tensor in self.weights else tensor.dtype
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=_META)
+        """``tensor`` without values, a weight as it is computed with."""
+        if tensor in self.weights:
+            return self.weights.like(tensor)
+        return tensor if tensor.is_meta and not isinstance(tensor, Known) else shape_of(tensor)
+
+
+def shape_of(tensor: Tensor) -> Tensor:
+    """``tensor`` on ``meta``."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
 
 
 def _written(name: str, args: Any, kwargs: Any) -> Tensor | None:
@@ -214,12 +214,12 @@ def _written(name: str, args: Any, kwargs: Any) -> Tensor | None:
     return args[0] if in_place and args and isinstance(args[0], Tensor) else None
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor], to_meta: bool) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor], to_meta: bool) -> Any:
     """``value`` with ``function`` applied to the tensors in it, and devices replaced if ``to_meta``."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_mapped(item, function, to_meta) for item in value)
+        return type(value)(mapped(item, function, to_meta) for item in value)
     if isinstance(value, dict):
-        return {k: _META if to_meta and k == "device" else _mapped(v, function, to_meta) for k, v in value.items()}
+        return {k: _META if to_meta and k == "device" else mapped(v, function, to_meta) for k, v in value.items()}
     return _META if to_meta and isinstance(value, torch.device) else value

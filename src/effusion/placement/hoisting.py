@@ -28,7 +28,7 @@ from .lane import version
 from .lender import MISS
 from .sources import Mappings, give_back_pages
 from .units import Slot, peeking_owners
-from .watch import Answer, Lent, Node, best, every, form_of, refusal, tree, unit_for, watch
+from .watch import Answer, Lent, Node, best, every, form_of, outline, refusal, tree, unit_for, watch
 
 logger = log.get_logger(__name__)
 
@@ -230,10 +230,10 @@ class _Stub:
         device = device_of(self.module)
         try:
             lent = Lent(engine, root, device)
-            call = as_one([call], unknown, Keys(), device)
             try:
-                out = watch(engine, root, [(call, 1)], lent, symbolic=True)[0]
-            except Unforeseen:  # it looks at what is known: with values it may work
+                out = outline(engine, root, call, lent)
+            except Unforeseen:  # it looks at values: with those that are known it may work
+                call = as_one([call], unknown, Keys(), device)
                 out = watch(engine, root, [(call, 1)], lent, symbolic=False)[0]
         finally:
             self.module.__dict__["_compiled_call_impl"] = self

@@ -13,6 +13,7 @@ from ..core import log
 from ..core.errors import PlanConflict
 from . import casting, device_map, homes, machine, moving, policies
 from .engine import engine_of
+from .pipeline_hoisting import HoistingSwitches
 from .pipeline_plan import PlanSwitches
 from .rooms import room_on
 from .units import all_slots
@@ -21,7 +22,7 @@ logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="PipelineSwitches")
 
 
-class PipelineSwitches(PlanSwitches):
+class PipelineSwitches(PlanSwitches, HoistingSwitches):
     """For classes with ``components``: a mapping of names to networks and other things."""
 
     _exclude_from_cpu_offload: ClassVar[list[str]] = []

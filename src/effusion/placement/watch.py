@@ -15,7 +15,7 @@ from . import lender as lending
 from .arena import tensors_in
 from .calls import Call
 from .engine import Engine, Unit, engine_of
-from .foresight import Foresight, Known, Unforeseen
+from .foresight import Foresight, Known, Unforeseen, mapped, shape_of
 from .lane import Cargo, lane_to
 from .plan import Row
 from .sources import is_dense
@@ -89,6 +89,7 @@ class Lent:
         self._nodes: dict[int, list[Node]] = {}
         self._units = {(id(s.module), s.name): unit for unit in engine.units for s in unit.slots}
         self._cargo: list[Cargo] = []
+        self._likes: dict[int, Tensor] = {}
         for node in every(root):
             for slot in node.slots:
                 self._slots.setdefault(id(slot.tensor), slot)
@@ -97,11 +98,21 @@ class Lent:
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._slots
 
-    def dtype(self, tensor: Tensor) -> torch.dtype:
+    def like(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._likes:
+            self._likes[id(tensor)] = self._like(tensor)
+        return self._likes[id(tensor)]
+
+    def _like(self, tensor: Tensor) -> Tensor:
         slot = self._slots[id(tensor)]
         transform = self.engine.transforms.get(slot.module)
-        storage, compute = transform.casts.get(slot.name, (None, None)) if transform is not None else (None, None)
-        return compute if compute is not None and tensor.dtype == storage else tensor.dtype
+        if transform is not None and slot.name in transform.codecs and tensor.dtype == torch.uint8:
+            codec, dtype = transform.codecs[slot.name]
+            return torch.empty(codec.shape, dtype=dtype, device="meta")
+        made = shape_of(tensor)
+        if transform is not None and slot.name in transform.casts and tensor.dtype == transform.casts[slot.name][0]:
+            made = made.to(transform.casts[slot.name][1])
+        return made
 
     def note(self, tensor: Tensor) -> None:
         """A weight that is used while its module is not being called can't be left out with that module."""
@@ -216,6 +227,7 @@ def watch(engine: Engine, root: Node, calls: Sequence[tuple[Call, int]], lent: L
 @contextmanager
 def bare(engine: Engine) -> Iterator[None]:
     """Within it the network has no lenders and nothing compiled, and what its calls leave in it is taken away again."""
+    served = bool(engine._hooked)
     engine.settle()
     engine.uninstall()
     kept = [(m, dict(m.__dict__)) for m in engine.root.modules()]
@@ -235,7 +247,24 @@ def bare(engine: Engine) -> Iterator[None]:
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
-        engine.install()
+        if served:
+            engine.install()
+
+
+def outline(engine: Engine, root: Node, call: Call, lent: Lent) -> Any:
+    """What ``call`` gives, on ``meta`` altogether: the quickest way to its shapes.
+
+    Raises:
+        Unforeseen: the network looks at values.
+    """
+    try:
+        with bare(engine), torch.no_grad():
+            for slot in root.slots:
+                slot.store[slot.name] = lent.like(slot.tensor)
+            args, kwargs = mapped(call, lambda t: t if t.is_meta else shape_of(t), to_meta=False)
+            return root.module._call_impl(*args, **kwargs)  # type: ignore[misc]
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise Unforeseen(str(error)) from error
 
 
 def refusal(module: nn.Module) -> str | None:
