@@ -96,11 +96,12 @@ def _inside(path: Path) -> list[Component]:
 
 
 def _counted(component: Component, checkpoint: Any) -> Component:
+    from ..weights.checkpoint import Packed
     from ..weights.safetensors_file import DTYPE_NAMES
 
     dtypes: Counter[str] = Counter()
     for entry in checkpoint.values():
-        dtypes[DTYPE_NAMES[entry.dtype]] += prod(entry.shape)
+        dtypes[entry.codec.label if isinstance(entry, Packed) else DTYPE_NAMES[entry.dtype]] += prod(entry.shape)
     component.parameters, component.nbytes, component.dtypes = sum(dtypes.values()), checkpoint.nbytes, dict(dtypes)
     return component
 

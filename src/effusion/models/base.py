@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,6 +17,7 @@ from ..core.config import ConfigMixin
 from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
 from ..nn.dispatch import AttentionBackendMixin
+from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
 from ..placement.switches import MemorySwitches
@@ -51,7 +54,7 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that is computed with: that of the first parameter that is not kept in float32 on purpose."""
-        if (compute := compute_dtype(self)) is not None:
+        if (compute := compute_dtype(self) or packs.compute_dtype(self)) is not None:
             return compute
         keep = set(self._keep_in_fp32_modules or ())
         floats = [(n, p.dtype) for n, p in self.named_parameters() if p.is_floating_point()]
@@ -128,6 +131,8 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             config: a folder, repository or dictionary with the configuration (``subfolder`` as usual); read off the
                 shapes of the tensors if not given.
             original_config: accepted; everything in it that matters is told by the tensors.
+            quantization_config: a ``GGUFQuantizationConfig``: what the file has packed (GGUF, or eight-bit floats with
+                scales) stays packed in memory, and is unpacked layer by layer into its ``compute_dtype``.
             kwargs: as for :meth:`from_pretrained`; anything else replaces an entry of the configuration.
 
         Raises:
@@ -138,14 +143,24 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         given, device = kwargs.pop("config", None), kwargs.pop("device", None)
         if device is not None:
             kwargs["device_map"] = device
-        packing = kwargs.pop("quantization_config", None)
-        if packing is not None and getattr(packing, "quant_method", None) != "gguf":
+        packed = kwargs.pop("quantization_config", None)
+        if packed is not None and getattr(packed, "quant_method", None) != "gguf":
             raise ValueError("`quantization_config`: single files take a GGUFQuantizationConfig only")
-        if packing is not None and not kwargs.keys() & {"torch_dtype", "dtype"}:
-            kwargs["dtype"] = packing.compute_dtype
-        options = LoadOptions.take(kwargs)
+        if packed is not None:  # what it says is what is computed in, as with the peer; the rest follows
+            kwargs["dtype"] = packed.compute_dtype
+            kwargs.pop("torch_dtype", None)
+        options = replace(LoadOptions.take(kwargs), packed=packed is not None)
         prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **kwargs)
         return prepared.build()
+
+    def _unpack_in_calls(self, codecs: Mapping[str, Any]) -> None:
+        """Parameters that were loaded as bytes, each with its codec and the dtype to compute in."""
+        packs.unpack_in_calls(self, codecs)
+
+    def dequantize(self) -> Any:
+        """Unpack packed weights for good, into the dtype they are computed in; returns the network."""
+        packs.unpack(self)
+        return self
 
     @classmethod
     def _prepare_single(cls, checkpoint: Checkpoint, given: Any, options: LoadOptions, **changes: Any) -> Prepared[Any]:
@@ -161,12 +176,23 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             raise ValueError(f"{checkpoint.label} carries no configuration of {cls.__name__}: give `config=`")
         return Prepared.of(cls, config, part.read(checkpoint), options, changes, checkpoint.label)
 
-    def save_single_file(self, path: str | os.PathLike[str], **metadata: str) -> None:
-        """Write the weights into one safetensors file in the original layout of this network.
+    def save_single_file(self, path: str | os.PathLike[str], packing: str | None = None, **metadata: str) -> None:
+        """Write the weights into one file in the original layout of this network: GGUF if ``path`` ends so.
+
+        Args:
+            packing: for GGUF, what the weights of linear layers are packed as: ``"Q8_0"``, ``"Q5_1"``, ``"Q5_0"``,
+                ``"Q4_1"`` or ``"Q4_0"``; ``None`` leaves them. Weights that rest packed are written as they are.
+            metadata: for safetensors, texts that its header carries.
 
         Raises:
-            ValueError: it has none that is known here.
+            ValueError: the network has no such layout, or can't be packed so.
         """
+        if Path(path).suffix == ".gguf":
+            single_file.write_gguf(path, self, packing, functools.partial(packs.codec_of, self))
+            return
+        if packing is not None:
+            raise ValueError(f"packing={packing!r} goes into files that end in .gguf, not into {path}")
+        self._state_to_save()  # refuses packed weights
         single_file.write_single(path, single_file.original_state(self), metadata)
 
     @classmethod
@@ -217,6 +243,11 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
 
     def _state_to_save(self) -> dict[str, torch.Tensor]:
         """What a save writes, under the names that files have."""
+        if packs.compute_dtype(self) is not None:
+            raise ValueError(
+                f"the weights of this {type(self).__name__} rest packed: `save_single_file('….gguf')` writes them as they "
+                "are, or unpack them first with `dequantize()`"
+            )
         return self.state_dict()
 
     def push_to_hub(

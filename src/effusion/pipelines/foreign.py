@@ -14,6 +14,7 @@ import torch
 from ..core import log
 from ..core.config import read_json
 from ..core.errors import CheckpointError
+from ..placement import packing
 from ..weights import assign
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.prepare import LoadOptions, Prepared, building
@@ -85,13 +86,16 @@ class ForeignPrepared(Prepared[Any]):
         """Give the network its weights."""
         options, model = self.options, self.model
         keep = _kept_in_float32(type(model), options.dtype)
-        slices = assign.assign(model, self.checkpoint, options.dtype, keep, options.device, options.mapped)
+        packed: dict[str, Any] | None = {} if options.packed else None
+        slices = assign.assign(model, self.checkpoint, options.dtype, keep, options.device, options.mapped, packed)
         model.tie_weights()
         left = assign.meta_tensors(model)
         if left:
             raise CheckpointError(f"{self.checkpoint.label}: {type(model).__name__} has no values for {left[:10]}")
         if options.device is not None:
             model.to(options.device)
+        if packed:
+            packing.unpack_in_calls(model, packed)
         if options.dtype is not None:
             model.config.dtype = options.dtype
         object.__setattr__(model, "_weight_slices", slices)

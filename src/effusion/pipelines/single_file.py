@@ -45,6 +45,7 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
         source: a file, a link to one on the hub, or a dictionary of tensors.
         kwargs: ``config``, a folder or repository to take configurations, scheduler and tokenizers from (else they
             are read off the tensors and our tables; tokenizers come from the family's home on the hub);
+            ``quantization_config``, a ``GGUFQuantizationConfig``, keeps packed what the file has packed;
             ``original_config`` is accepted; loading options as for ``from_pretrained``; components by name.
 
     Raises:
@@ -53,7 +54,7 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     for name in ("original_config", "original_config_file", *_DEPRECATED):
         kwargs.pop(name, None)
     home = kwargs.pop("config", None)
-    options = loading.PipelineOptions.take(kwargs)
+    options = _options(kwargs)
     checkpoint = single_file.open_source(source, **options.base.where)
     verdict = recognise.recognise(checkpoint)
     if verdict.pipeline is None:
@@ -70,6 +71,18 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
     pipe = cls(**{**given, **loading._build(prepared)})
     return loading._place(pipe, options)
+
+
+def _options(kwargs: dict[str, Any]) -> loading.PipelineOptions:
+    """The loading options in ``kwargs``; with a ``GGUFQuantizationConfig``, what is packed in the file stays so."""
+    packed = kwargs.pop("quantization_config", None)
+    if packed is not None and getattr(packed, "quant_method", None) != "gguf":
+        raise ValueError("`quantization_config`: single files take a GGUFQuantizationConfig only")
+    if packed is not None:
+        kwargs["dtype"] = packed.compute_dtype
+    options = loading.PipelineOptions.take(kwargs)
+    options.base.packed = packed is not None
+    return options
 
 
 def _check_family(cls: Any, verdict: Verdict, label: str) -> None:
@@ -261,7 +274,7 @@ def load(source: single_file.Source, **kwargs: Any) -> Any:
 def _load_encoder(part: Part, checkpoint: Checkpoint, **kwargs: Any) -> Any:
     """A text encoder alone in a file."""
     home = kwargs.pop("config", None)
-    options = loading.PipelineOptions.take(kwargs)
+    options = _options(kwargs)
     if kwargs:
         raise ValueError(f"{part.class_name} is loaded without {sorted(kwargs)}")
     folder = Path(home).parent if home is not None else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from .engine import engine_for, engine_of
+from .packing import codec_of
 from .transform import Transform
 
 
@@ -61,7 +63,8 @@ def add_patch(module: nn.Module, name: str, deltas: Mapping[str, Delta | Tensor]
     unknown = sorted(set(deltas) - set(parameters))
     if unknown:
         raise ValueError(f"patch {name!r}: {type(module).__name__} has no parameters {unknown[:5]}")
-    made = {path: _delta(path, parameters[path], delta) for path, delta in deltas.items()}
+    shapes = {path: _shape(module, path, parameters[path]) for path in deltas}
+    made = {path: _delta(path, shapes[path], delta) for path, delta in deltas.items()}
     engine.settle()
     patch = engine.patches[name] = Patch(made, scale)
     for path, delta in made.items():
@@ -72,18 +75,24 @@ def add_patch(module: nn.Module, name: str, deltas: Mapping[str, Delta | Tensor]
     engine.install()
 
 
-def _delta(path: str, parameter: Tensor, delta: Delta | Tensor) -> Delta:
+def _shape(module: nn.Module, path: str, parameter: Tensor) -> tuple[int, ...]:
+    """Of the weight that is computed with; what rests may be packed bytes."""
+    codec = codec_of(module, path)
+    return tuple(parameter.shape) if codec is None else codec.shape
+
+
+def _delta(path: str, shape: tuple[int, ...], delta: Delta | Tensor) -> Delta:
     if isinstance(delta, LowRank):
         rows, columns = delta.up.shape[0], delta.down[0].numel()
-        if rows * columns != parameter.numel() or delta.up.shape[1] != delta.down.shape[0]:
+        if rows * columns != prod(shape) or delta.up.shape[1] != delta.down.shape[0]:
             raise ValueError(
                 f"{path}: up {list(delta.up.shape)} and down {list(delta.down.shape)} don't make "
-                f"a delta of its shape {list(parameter.shape)}"
+                f"a delta of its shape {list(shape)}"
             )
         return delta
     if isinstance(delta, Tensor):
-        if delta.shape != parameter.shape:
-            raise ValueError(f"{path}: the delta is {list(delta.shape)}, the weight {list(parameter.shape)}")
+        if tuple(delta.shape) != shape:
+            raise ValueError(f"{path}: the delta is {list(delta.shape)}, the weight {list(shape)}")
         return _Full(delta)
     return delta
 

@@ -9,22 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quant.codec import Codec
+
 lock = threading.RLock()  # held by whoever lends, drops or changes what is lent, on any component
 
 
 class Transform:
-    """Decode and patch the weights of one module: storage dtype -> compute dtype, then add the deltas."""
+    """Decode and patch the weights of one module: storage dtype or packed bytes -> compute dtype, then add the deltas."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.casts: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # name -> (storage, compute)
+        self.codecs: dict[str, tuple[Codec, torch.dtype]] = {}  # name -> (what unpacks it, compute dtype)
         self.patches: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {}  # name -> patch -> function
         self.depth = 0
         self._put: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
 
     @property
     def idle(self) -> bool:
-        return not self.casts and not any(self.patches.values())
+        return not self.casts and not self.codecs and not any(self.patches.values())
 
     def enter(self) -> None:
         """Put decoded, patched weights in place until :meth:`exit`."""
@@ -33,7 +36,7 @@ class Transform:
             if self.depth > 1:
                 return
             with torch.inference_mode(False), torch.no_grad():
-                for name in {**self.casts, **self.patches}:
+                for name in {**self.casts, **self.codecs, **self.patches}:
                     own = self.module._parameters
                     store: dict[str, Any] = own if name in own else self.module._buffers
                     rest = store.get(name)
@@ -47,6 +50,9 @@ class Transform:
         value = rest
         if name in self.casts and rest.dtype == self.casts[name][0]:
             value = value.to(self.casts[name][1])
+        if name in self.codecs and rest.dtype == torch.uint8:
+            codec, dtype = self.codecs[name]
+            value = codec.decode(value, dtype)
         for patch in self.patches.get(name, {}).values():
             value = patch(value)
         if value is rest or not isinstance(rest, nn.Parameter):

@@ -10,9 +10,9 @@ import torch
 
 @dataclass
 class GGUFQuantizationConfig:
-    """For ``from_single_file`` of a GGUF file: ``compute_dtype`` is what its weights are unpacked to.
+    """For ``from_single_file``: packed weights stay packed in memory, and are unpacked into ``compute_dtype`` by layer.
 
-    The weights are unpacked while they are loaded, so they take the memory of ``compute_dtype``.
+    Without it, a GGUF file is unpacked while it is loaded, and takes the memory of the dtype it is loaded in.
     """
 
     compute_dtype: torch.dtype | None = None

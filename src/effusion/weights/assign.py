@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CheckpointError
+from ..quant.codec import Codec
 from .checkpoint import Checkpoint
 from .slices import TensorSlice
 
@@ -88,6 +89,7 @@ def assign(
     keep_in_fp32: Sequence[str] = (),
     device: torch.device | str | None = None,
     mapped: bool = True,
+    packed: dict[str, tuple[Codec, torch.dtype]] | None = None,
 ) -> dict[str, TensorSlice]:
     """Give every tensor of ``model`` that ``checkpoint`` has to it; anything else is left as it is.
 
@@ -100,23 +102,32 @@ def assign(
         keep_in_fp32: parts of module paths whose weights become float32 whatever ``dtype`` says.
         device: where the tensors go.
         mapped: read into memory instead of mapping, if false.
+        packed: what is stored packed is assigned so, as bytes, and noted here with its codec and the dtype that it
+            is to be unpacked to; unpacked at once if ``None``.
 
     Returns:
         For every name, where its values lie in the files (as stored), for those that want to read them again.
     """
     slices: dict[str, TensorSlice] = {}
     done: dict[int, Tensor] = {}
+    unpack: dict[int, tuple[Codec, torch.dtype]] = {}
     for name, old in expected_tensors(model).items():
         if id(old) not in done:
             source = name if name in checkpoint else next(iter(_tied(model, old, checkpoint)), None)
             if source is None or tuple(checkpoint[source].shape) != tuple(old.shape):
                 continue
-            done[id(old)] = _fresh(
-                checkpoint, source, old, _target_dtype(name, old, dtype, keep_in_fp32), device, mapped
-            )
+            target = _target_dtype(name, old, dtype, keep_in_fp32)
+            raw = checkpoint.packed(source, mapped) if packed is not None and isinstance(old, nn.Parameter) else None
+            if raw is None:
+                done[id(old)] = _fresh(checkpoint, source, old, target, device, mapped)
+            else:
+                done[id(old)] = nn.Parameter(raw[0].to(device), requires_grad=False)
+                unpack[id(old)] = raw[1], target or torch.float32
             entry = checkpoint[source]
             if isinstance(entry, TensorSlice):
                 slices[name] = entry
+        if packed is not None and id(old) in unpack:
+            packed[name] = unpack[id(old)]
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers

@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..core import hub
 from ..core.errors import CheckpointError, HubSilent, MissingFile
+from ..quant.codec import Codec, ScaledFloat
 from . import gguf_file, torch_file
 from .safetensors_file import SafetensorsFile, unique_keys
 from .slices import TensorSlice
@@ -43,14 +46,33 @@ class Computed:
         return sum(part.nbytes for part in self.parts)
 
 
-Entry = TensorSlice | Tensor | Computed
+@dataclass(frozen=True)
+class Packed:
+    """A tensor that is stored packed: ``part`` are its bytes, ``uint8``, and ``codec`` makes float32 values of them."""
+
+    part: Entry
+    codec: Codec
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return self.codec.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.part.nbytes
+
+
+Entry = TensorSlice | Tensor | Computed | Packed
 
 
 class Checkpoint(Mapping[str, Entry]):
     """What a checkpoint holds, by name: where each tensor lies, its dtype and shape.
 
-    A value is a :class:`TensorSlice` (safetensors), the tensor itself (torch files, dictionaries) or a
-    :class:`Computed` one; all have ``dtype``, ``shape`` and ``nbytes``. :meth:`tensor` gives the tensor.
+    A value is a :class:`TensorSlice` (safetensors), the tensor itself (torch files, dictionaries), a
+    :class:`Packed` or a :class:`Computed` one; all have ``dtype``, ``shape`` and ``nbytes``. :meth:`tensor` gives the tensor.
     """
 
     def __init__(
@@ -84,7 +106,16 @@ class Checkpoint(Mapping[str, Entry]):
             for part in entry.parts:
                 self._release(part)
             return made
+        if isinstance(entry, Packed):
+            values = entry.codec.decode(self._read(entry.part, mapped), torch.float32)
+            self._release(entry.part)
+            return values
         return self._files[entry.path].read(entry, mapped)
+
+    def packed(self, name: str, mapped: bool = True) -> tuple[Tensor, Codec] | None:
+        """The bytes of tensor ``name`` and what unpacks them; ``None`` if it is stored plainly."""
+        entry = self._entries[name]
+        return (self._read(entry.part, mapped), entry.codec) if isinstance(entry, Packed) else None
 
     def release(self, name: str) -> None:
         """Give back the pages that reading ``name`` brought in, once its values were copied elsewhere."""
@@ -151,8 +182,36 @@ def open_files(paths: Sequence[Path]) -> list[Checkpoint]:
             opened.append(_open_gguf(path))
             continue
         file = SafetensorsFile(place.get(path, path))
-        opened.append(Checkpoint(file.slices, {file.path: file}, str(path), file.metadata))
+        opened.append(Checkpoint(scaled(file), {file.path: file}, str(path), file.metadata))
     return opened
+
+
+_SCALES = (".scale_weight", ".weight_scale")
+_ASIDE = (".scale_input", ".input_scale", ".comfy_quant")  # hints for other programs' kernels
+
+
+def scaled(file: SafetensorsFile) -> dict[str, Entry]:
+    """The tensors of ``file``; eight-bit floats that have a scale beside them (as ComfyUI writes) as packed ones.
+
+    Raises:
+        CheckpointError: a scale that fits no rows of its weight.
+    """
+    entries: dict[str, Entry] = dict(file.slices)
+    for name in file.slices:
+        end = next((e for e in _SCALES if name.endswith(e)), None)
+        weight = entries.get(f"{name.removesuffix(end)}.weight") if end else None
+        if not isinstance(weight, TensorSlice) or weight.dtype.itemsize != 1 or not weight.dtype.is_floating_point:
+            continue
+        scale = file.slices[name]
+        if prod(scale.shape) not in (1, weight.shape[0] if weight.shape else 1) or not scale.dtype.is_floating_point:
+            raise CheckpointError(f"{file.path}: {name} {list(scale.shape)} is no scale of {list(weight.shape)}")
+        codec = ScaledFloat(weight.dtype, weight.shape, partial(file.read, scale), prod(scale.shape) == 1)
+        entries[f"{name.removesuffix(end or '')}.weight"] = Packed(replace(weight, dtype=torch.uint8), codec)
+        del entries[name]
+    marks = [n for n in entries if n.split(".")[-1] == "scaled_fp8"]
+    packed = {n.removesuffix(".weight") for n, e in entries.items() if isinstance(e, Packed)}
+    aside = [n for n in entries if n.endswith(_ASIDE) and n.rpartition(".")[0] in packed]
+    return {n: e for n, e in entries.items() if n not in {*marks, *aside}}
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
@@ -161,13 +220,12 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file: plain tensors as slices, packed ones computed (to float32) when they are asked for."""
+    """A GGUF file: plain tensors as slices, the others with their codecs."""
     file = gguf_file.GGUFFile(path)
     entries: dict[str, Entry] = {}
     for name, part in file.slices.items():
-        unpack = file.unpacker(name)
-        plain = replace(part, shape=file.shapes[name]) if unpack is None else part
-        entries[name] = plain if unpack is None else Computed((part,), unpack, torch.float32, file.shapes[name])
+        codec = file.codec(name)
+        entries[name] = part if codec is None else Packed(part, codec)
     texts = {k: v for k, v in file.metadata.items() if isinstance(v, str)}
     return Checkpoint(entries, {file.path: file}, str(path), texts)
 

@@ -1,4 +1,4 @@
-"""The GGUF format (ggml, 2023): a validated header, plain tensors mapped, packed ones unpacked when they are read.
+"""The GGUF format (ggml, 2023): a validated header, tensors mapped, packed ones with the codec that unpacks them.
 
 Layout: ``GGUF``, version, counts, metadata, one record for each tensor, then the data at aligned offsets.
 Sizes of blocks and the arithmetic of unpacking come from the package ``gguf``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError
-from ..core.optional import require
+from ..quant.ggml import GGML, block_of
 from .slices import MappedFile, TensorSlice
 
 MAGIC = b"GGUF"
@@ -31,7 +30,7 @@ _PLAIN = {
 
 
 class GGUFFile:
-    """One GGUF file: ``metadata``, ``slices`` of raw bytes, ``kinds`` of packing, ``shapes`` once unpacked."""
+    """One GGUF file: ``metadata``, ``slices``, ``kinds`` of packing, ``shapes`` once unpacked."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -113,19 +112,21 @@ class GGUFFile:
                 raise CheckpointError(
                     f"{where} reaches to {end}, the file has {self._mapped.size} bytes: it is truncated"
                 )
-            packed = kind not in _PLAIN
-            self.slices[name] = TensorSlice(self.path, start + offset, nbytes, dtype, (nbytes,) if packed else shape)
             self.kinds[name] = kind
-            self.shapes[name] = self._original(name, shape)
+            self.shapes[name] = original = self._original(name, shape)
+            if kind not in _PLAIN:  # rows of bytes, if rows are made of whole blocks
+                codec = GGML(kind, original)
+                cut = original[0] if original[0] and codec.uniform else 1
+                original = (cut, nbytes // cut)
+            self.slices[name] = TensorSlice(self.path, start + offset, nbytes, dtype, original)
 
     def _size(self, where: str, shape: tuple[int, ...], kind: int) -> tuple[int, torch.dtype]:
         if kind in _PLAIN:
             return prod(shape) * _PLAIN[kind].itemsize, _PLAIN[kind]
-        constants = require("gguf", "reading GGUF files").constants
-        sizes = {int(k): v for k, v in constants.GGML_QUANT_SIZES.items()}
-        if kind not in sizes or not shape:
+        found = block_of(kind)
+        if found is None or not shape:
             raise CheckpointError(f"{where}: packing {kind} of shape {list(shape)} is unknown")
-        block, size = sizes[kind]
+        block, size = found
         if shape[-1] % block:
             raise CheckpointError(f"{where}: rows of {shape[-1]} do not divide into blocks of {block}")
         return prod(shape) // block * size, torch.uint8
@@ -135,9 +136,10 @@ class GGUFFile:
         noted = self.metadata.get(f"comfy.gguf.orig_shape.{name}")
         if noted is None:
             return shape
-        if not isinstance(noted, list) or prod(noted) != prod(shape):
+        naturals = isinstance(noted, list) and noted and all(type(n) is int and n > 0 for n in noted)
+        if not naturals or prod(noted) != prod(shape):
             raise CheckpointError(f"{self.path}: {name!r} notes the shape {noted}, which does not fit {list(shape)}")
-        return tuple(int(n) for n in noted)
+        return tuple(noted)
 
     def read(self, part: TensorSlice, mapped: bool = True) -> Tensor:
         """The raw tensor of a slice of this file."""
@@ -147,17 +149,6 @@ class GGUFFile:
         """Drop the pages that reading ``part`` brought in."""
         self._mapped.release(part)
 
-    def unpacker(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What turns the bytes of tensor ``name`` into float32 values, or ``None`` if it is stored plainly."""
-        kind, shape = self.kinds[name], self.shapes[name]
-        if kind in _PLAIN:
-            return None
-        gguf = require("gguf", "reading GGUF files")
-
-        def unpack(raw: Tensor) -> Tensor:
-            if raw.is_meta:
-                return torch.empty(shape, device="meta")
-            values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(kind))
-            return torch.from_numpy(values).reshape(shape)
-
-        return unpack
+    def codec(self, name: str) -> GGML | None:
+        """What unpacks the bytes of tensor ``name``, or ``None`` if it is stored plainly."""
+        return None if self.kinds[name] in _PLAIN else GGML(self.kinds[name], self.shapes[name])

@@ -39,6 +39,7 @@ class LoadOptions:
     ignore_mismatched_sizes: bool = False
     output_loading_info: bool = False
     mapped: bool = True
+    packed: bool = False  # what is stored packed stays so, and is unpacked layer by layer
 
     @classmethod
     def take(cls, kwargs: dict[str, Any]) -> LoadOptions:
@@ -158,9 +159,12 @@ class Prepared(Generic[Model]):
         """Give the network its weights; in ``eval`` mode."""
         keep = getattr(self.model, "_keep_in_fp32_modules", None) or ()
         options = self.options
-        slices = assign.assign(self.model, self.checkpoint, options.dtype, keep, options.device, options.mapped)
+        packed: dict[str, Any] | None = {} if options.packed else None
+        slices = assign.assign(self.model, self.checkpoint, options.dtype, keep, options.device, options.mapped, packed)
         fill_rest(self.model, options.dtype, options.device)
         object.__setattr__(self.model, "_weight_slices", slices)
+        if packed:
+            self.model._unpack_in_calls(packed)  # type: ignore[operator]
         return self.model.eval()
 
 

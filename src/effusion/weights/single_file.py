@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from ..core import hub
 from ..core.errors import CheckpointError, MissingFile
-from . import saving
+from ..quant.codec import Codec
+from ..quant.ggml import GGML
+from . import gguf_writing, saving
 from .checkpoint import Checkpoint, from_dict, open_file
 from .layouts import stable_diffusion
 from .layouts.known import layout_of
-from .layouts.table import to_theirs
+from .layouts.table import to_theirs, translate
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 _LINK = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)")
@@ -49,6 +52,44 @@ def open_source(source: Source, **where: Any) -> Checkpoint:
 
 # the prefix that lone networks have in their own files
 LONE = {"UNet2DConditionModel": "model.diffusion_model.", "ControlNetModel": "control_model."}
+
+
+# what GGUF files call their architecture
+ARCHITECTURES = {
+    "FluxTransformer2DModel": "flux",
+    "SD3Transformer2DModel": "sd3",
+    "PixArtTransformer2DModel": "pixart",
+    "QwenImageTransformer2DModel": "qwen_image",
+}
+
+
+def write_gguf(
+    path: str | os.PathLike[str], model: Any, packing: str | None, codec_of: Callable[[str], Codec | None]
+) -> None:
+    """Write a network as GGUF in its original layout; what rests packed is written as it is.
+
+    Raises:
+        ValueError: no such layout, or packed weights whose names there stand for differently packed ones.
+    """
+    name = type(model).__name__
+    state = original_state(model, "")
+    table = layout_of(name, model.config) or ()
+    ours = {n: codec for n in model.state_dict() if (codec := codec_of(n)) is not None}
+    codecs: dict[str, Codec] = {}
+    for own, codec in ours.items():
+        hit = translate(table, own, reverse=True)
+        if hit is None:
+            continue
+        together = [ours.get(n) for n in hit.fused or (own,)]
+        kinds = {c.label if c is not None else "plain" for c in together}
+        if len(kinds) > 1 or hit.op in ("pixel", "transpose"):
+            raise ValueError(f"{hit.names[0]}: its parts rest as {sorted(kinds)}; `dequantize()` first")
+        rows = sum(c.shape[0] for c in together if c is not None)
+        whole = (rows, *codec.shape[1:])
+        codecs[hit.names[0]] = replace(codec, shape=whole) if isinstance(codec, GGML) else codec
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    gguf_writing.write(target, state, ARCHITECTURES.get(name, name), packing, codecs)
 
 
 def original_state(model: Any, prefix: str | None = None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import CheckpointError
-from ..checkpoint import Checkpoint, Computed, Entry
+from ..checkpoint import Checkpoint, Computed, Entry, Packed
 from ..slices import TensorSlice
 
 
@@ -159,6 +159,8 @@ def narrow(entry: Entry, start: int, rows: int) -> Entry:
         row = entry.nbytes // entry.shape[0]
         shape = (rows, *entry.shape[1:])
         return replace(entry, offset=entry.offset + start * row, nbytes=rows * row, shape=shape)
+    if isinstance(entry, Packed) and (codec := entry.codec.rows(start, rows)) is not None:
+        return Packed(narrow(entry.part, start, rows), codec)
     return Computed.of(lambda x: x[start : start + rows], entry)
 
 
@@ -169,6 +171,8 @@ def reshape(entry: Entry, shape: Sequence[int]) -> Entry:
         return entry.reshape(tuple(shape))
     if isinstance(entry, TensorSlice):
         return replace(entry, shape=tuple(shape))
+    if isinstance(entry, Packed):
+        return Packed(entry.part, entry.codec.reshaped(shape))
     return Computed.of(lambda x: x.reshape(tuple(shape)), entry)
 
 
@@ -176,6 +180,8 @@ def change(entry: Entry, op: str, reverse: bool = False) -> Entry:
     """``entry`` after the op of a row."""
     if op == "pixel" and not reverse:
         return reshape(entry, entry.shape[:2]) if len(entry.shape) == 4 else entry
+    if op == "swap halves" and isinstance(entry, Packed) and entry.codec.uniform:
+        return Packed(change(entry.part, op, reverse), entry.codec)
     return Computed.of(OPS[op][reverse], entry)
 
 
