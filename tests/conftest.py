@@ -16,6 +16,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_source, os.environ.get
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def _hub_session():  # type: ignore[no-untyped-def]
     from tests.hub_server import HubServer

@@ -16,7 +16,7 @@ SIZE = 32
 
 def _clip(projection: bool = False) -> Any:
     config = CLIPTextConfig(
-        vocab_size=514, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=514, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         projection_dim=16, bos_token_id=512, eos_token_id=513, pad_token_id=1, max_position_embeddings=77,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
@@ -33,7 +33,7 @@ def _vae(channels: int = 4) -> Any:
 def _unet(**options: Any) -> Any:
     return effusion.UNet2DConditionModel(
         block_out_channels=(8, 8), layers_per_block=1, sample_size=SIZE // 2, norm_num_groups=2, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D",) * 2,
         **{"cross_attention_dim": 16, **options},
     ).eval()  # fmt: skip
 
@@ -66,7 +66,7 @@ def _sdxl(folder: Path) -> Any:
 
 def _flux(folder: Path) -> Any:
     transformer = effusion.FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
     ).eval()  # fmt: skip
     from transformers import T5Config, T5EncoderModel

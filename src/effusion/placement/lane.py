@@ -247,8 +247,7 @@ def _place(span: Span | None, tensor: Tensor) -> tuple[int, str, int]:
 
 def view(buffer: Tensor, at: int, rest: Tensor) -> Tensor:
     """The place of ``rest`` in ``buffer``: same shape, same strides where it is dense."""
-    nbytes = rest.numel() * rest.element_size()
-    flat = buffer[at : at + nbytes].view(rest.dtype) if nbytes else buffer.new_empty(0).view(rest.dtype)
+    flat = buffer.narrow(0, at, rest.numel() * rest.element_size()).view(rest.dtype)
     return flat.as_strided(rest.shape, rest.stride()) if is_dense(rest) else flat.view(rest.shape)
 
 

@@ -170,6 +170,19 @@ def give_back_pages(tensors: Iterable[Tensor]) -> None:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
+def present_bytes(tensor: Tensor) -> int:
+    """Bytes of ``tensor`` whose pages are in memory now: all of it, or part of a mapped file."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return 0
+    first = tensor.data_ptr() // _PAGE
+    count = (tensor.data_ptr() + tensor.nbytes - 1) // _PAGE - first + 1
+    raw = _page_entries(8 * first, 8 * count)
+    if len(raw) < 8 * count:
+        return tensor.nbytes
+    entries = torch.frombuffer(bytearray(raw), dtype=torch.int64)
+    return min(int((entries < 0).sum()) * _PAGE, tensor.nbytes)  # the highest bit: present
+
+
 _pagemap: list[int] = []  # descriptor of this process's page map; empty: not opened yet, [-1]: there is none
 
 
@@ -188,6 +201,8 @@ if hasattr(os, "register_at_fork"):
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether ``tensor`` covers one piece of memory without holes or overlaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
@@ -201,7 +216,8 @@ def flat_bytes(tensor: Tensor) -> Tensor:
     """The memory of a dense ``tensor`` as bytes, in the order it lies in."""
     if tensor.numel() == 0:
         return torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    flat = tensor.detach()
+    flat = flat.view(-1) if flat.is_contiguous() else flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
     return flat.view(torch.uint8)
 
 
