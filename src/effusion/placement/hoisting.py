@@ -178,18 +178,17 @@ def collect(
     found: dict[str, list[Call]] = {}
     devices = [device_of(m) for m in networks.values()]
     stubs = {name: _Stub(m, name, found, reasons if reasons is not None else {}) for name, m in networks.items()}
-    before = {name: m.__dict__.get("_compiled_call_impl") for name, m in networks.items()}
     try:
-        for name, module in networks.items():
-            module.__dict__["_compiled_call_impl"] = stubs[name]
+        for stub in stubs.values():
+            stub.place()
         place = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         with Foresight(NoWeights(place)) as mode:
             for stub in stubs.values():
                 stub.mode = mode
             run()
     finally:
-        for name, module in networks.items():
-            stubs[name].leave(before[name])
+        for stub in stubs.values():
+            stub.leave()
     return found
 
 
@@ -200,11 +199,17 @@ class _Stub:
         self.module, self.name, self.found, self.reasons = module, name, found, reasons
         self.outs: dict[Any, Any] = {}
         self.mode: Foresight | None = None  # that of the loop around
+        self.before: Any = None  # what stood before the network
 
-    def leave(self, before: Any) -> None:
-        self.module.__dict__.pop("_compiled_call_impl", None)
-        if before is not None:
-            self.module.__dict__["_compiled_call_impl"] = before
+    def place(self) -> None:
+        self.before = self.module.__dict__.get("_compiled_call_impl")
+        self.module.__dict__["_compiled_call_impl"] = self
+
+    def leave(self) -> None:
+        if self.module.__dict__.get("_compiled_call_impl") is self:
+            del self.module.__dict__["_compiled_call_impl"]
+            if self.before is not None:
+                self.module.__dict__["_compiled_call_impl"] = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self.mode is not None
@@ -225,6 +230,7 @@ class _Stub:
         if reason is not None:
             self.reasons[self.name] = reason
             raise Unforeseen(f"{self.name}: {reason}")
+        self.leave()
         root = tree(self.module)
         engine, fresh = _engine(self.module, self.name)
         device = device_of(self.module)
@@ -236,9 +242,9 @@ class _Stub:
                 call = as_one([call], unknown, Keys(), device)
                 out = watch(engine, root, [(call, 1)], lent, symbolic=False)[0]
         finally:
-            self.module.__dict__["_compiled_call_impl"] = self
             if fresh:
                 engine.close_if_idle()
+            self.place()
         return out
 
 
