@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from effusion.core.errors import BudgetError, PlanConflict
 from effusion.placement import lane, planner
@@ -18,18 +15,11 @@ from effusion.placement.engine import engine_of
 from effusion.placement.plan import Plan, Row, Stage, parse_size, size_text
 
 from . import tiny_pipelines as tiny
-
-SPEED = planner.Speed(1e9, 1e8)
-
-
-def part(name: str = "net", blocks: int = 8, size: int = 1000, activations: int = 500, **more: Any) -> planner.Part:
-    units = tuple((f"blocks.{i}", size) for i in range(blocks))
-    leaves = tuple((f"blocks.{i}.{k}", size // 4) for i in range(blocks) for k in range(4))
-    return planner.Part(name, units, leaves, activations, **{"flops": 1e6, "passes": 4, **more})
+from .parts import SPEED, part
 
 
 def test_plans_survive_json_and_print() -> None:
-    made = planner.plan([part(), part("vae", 2)], 30_000, None, "cpu", SPEED)
+    made = planner.plan([part(), part("vae", 2)], 30_000, None, "cpu", SPEED).replace(call={"height": 64})
     again = Plan.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made and again.exact
     assert "net" in str(made) and "peak" in str(made)
@@ -81,30 +71,6 @@ def test_sizes_print() -> None:
     ]
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(1000, 40_000), st.lists(st.tuples(st.integers(1, 9), st.integers(40, 4000)), min_size=1, max_size=4))
-def test_budgets_are_kept_and_more_is_never_slower(memory: int, shapes: list[tuple[int, int]]) -> None:
-    parts = [part(f"p{i}", blocks, size) for i, (blocks, size) in enumerate(shapes)]
-    try:
-        made = planner.plan(parts, memory, None, "cpu", SPEED)
-    except BudgetError:
-        assert max(planner.least(p) for p in parts) > memory
-        return
-    slack = 2 * 5000  # rounding of the ring's rooms, counted in full
-    assert made.peak <= memory + (slack if any(s.ring for s in made.stages) else 0)
-    for p in parts:
-        assert sum(r.nbytes for r in made.of(p.name)) in (p.nbytes, sum(n for _, n in p.leaves))
-    assert planner.plan(parts, memory * 2, None, "cpu", SPEED).seconds <= made.seconds
-
-
-def test_what_fits_is_kept_and_spread() -> None:
-    p = part(blocks=10, size=100_000, activations=0)
-    made = planner.plan([p], 700_000, None, "cpu", SPEED)
-    kept = [i for i, r in enumerate(made.rows) if not r.travels]
-    assert 3 <= len(kept) <= 5
-    assert max(b - a for a, b in itertools.pairwise(kept)) <= 4, "kept blocks lie in one lump"
-
-
 def test_a_pipeline_in_less_and_less_memory(tmp_path: Path) -> None:
     """Predicted before weights are read, kept in the ring, the same bits; too little is refused with the least."""
     tiny.save("sd", tmp_path)
@@ -117,11 +83,14 @@ def test_a_pipeline_in_less_and_less_memory(tmp_path: Path) -> None:
     assert {s.name for s in everything.stages} == {"text_encoder", "unet", "vae"}
     assert all(s.activations > 0 for s in everything.stages)
     weights = {n: sum(r.nbytes for r in everything.of(n)) for n in pipe.modules}
-    with pytest.raises(BudgetError) as refused:
+    with pytest.raises(BudgetError, match="The least for this call is") as refused:
         pipe.plan(1000, **size)
-    assert "needs" in str(refused.value)
+    assert "activations" in str(refused.value)
+    least = max(s.activations + s.workspaces for s in everything.stages)
     for part_of_it in (0.98, 0.7):
-        budget = int(max(s.activations + part_of_it * weights[s.name] for s in everything.stages))
+        budget = int(max(s.activations + s.workspaces + part_of_it * weights[s.name] for s in everything.stages))
+        if budget < least:
+            continue
         made = pipe.fit(budget, **size)
         assert made.peak <= budget
         assert any(r.travels for r in made.rows)

@@ -244,6 +244,11 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
         inputs = {k: v for k, v in arguments.items() if k not in ("self", "kwargs", "__class__")}
         extra: dict[str, Any] = {k: inputs.pop(k) for k in ("callback", "callback_steps") if k in inputs}
         inputs |= self._legacy_callback({**extra, **(arguments.get("kwargs") or {})})
+        with self._as_planned(inputs) as recorder:
+            return self._result(self._run(inputs, recorder))
+
+    def _run(self, inputs: Mapping[str, Any], recorder: Any) -> State:
+        """The blocks in order; callbacks, the bar and ``recorder`` (under a plan) are told of each step."""
         state = self._begin(inputs)
         callback, names = self._callback_of(state)
         bar: Any = None
@@ -258,11 +263,13 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
             with torch.no_grad():
                 for step in engine.stream(self.blocks, state, self._context(), on_block):
                     self._after_step(step, callback, names, bar)
+                    if recorder is not None:
+                        recorder.step()
         finally:
             if bar is not None:
                 bar.close()
             self.maybe_free_model_hooks()
-        return self._result(state)
+        return state
 
     def _after_step(self, step: Step, callback: Any, names: list[str], bar: Any) -> None:
         state = step.state

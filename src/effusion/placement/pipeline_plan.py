@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..core import log
-from ..core.errors import PlanConflict
-from . import homes, machine, planner, policies
-from .casting import compute_dtype
-from .engine import Unit, engine_for, engine_of
-from .plan import STORED, Plan, parse_size
+from ..core.errors import BudgetError, PlanConflict
+from . import homes, machine, pages, planner, policies
+from .engine import Unit, engine_for
+from .forecast import Part, Speed, part_of
+from .plan import Plan, parse_size, size_text
+from .recorder import Recorder
 from .rehearsal import Rehearsed, rehearse
-from .units import Group, by_block, by_leaf
+from .report import MemoryReport
+from .sources import Mappings
+from .units import by_block, by_leaf
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="PlanSwitches")
 QUALITIES = ("exact", "near", "lossy")
-_ORDER = ("text", "image_encoder", "prior", "unet", "transformer", "vae", "safety")
+LOOSE = 1.5  # a budget this much above the peak needs no exact allocation
 
 
 class PlanSwitches:
@@ -30,6 +34,13 @@ class PlanSwitches:
     @property
     def components(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {n: c for n, c in self.components.items() if isinstance(c, nn.Module)}
+
+    def _unplan(self) -> None:
+        """Another policy is set: no plan is in force any more."""
+        self.__dict__.pop("_plan", None)
 
     def plan(
         self,
@@ -54,9 +65,10 @@ class PlanSwitches:
             quality: ``"exact"`` gives the bits of everything resident; ``"near"`` may decode in tiles.
             height, width, num_frames, batch_size, num_inference_steps: the call to plan for.
             device: where to compute; the accelerator, else the CPU.
+            offload_folder: for weights that are views of no file, if they have to rest on disk.
 
         Raises:
-            BudgetError: no plan fits; says the least that would.
+            BudgetError: no plan fits; says the least that would, for each quality.
             ValueError: no size, an unknown quality or device.
         """
         if quality not in QUALITIES:
@@ -64,37 +76,31 @@ class PlanSwitches:
         where = machine.default_device(device=device)
         budget = parse_size(memory) if memory is not None else machine.free_device_memory(where) * 9 // 10
         host = parse_size(ram, "ram") if ram is not None else machine.available_ram() * 9 // 10
-        networks = {n: c for n, c in self.components.items() if isinstance(c, nn.Module)}
-        call = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-        rates = machine.rates(where)
-        speed = planner.Speed(
-            max(rates.matmul.values()) / 2, rates.disk if where.type == "cpu" else rates.host_to_device
-        )
-        tiling: dict[str, Any] = {}
-        while True:
-            needs = self._rehearse(networks, call, batch_size, where)
-            parts = [_part(n, networks[n], needs.get(n), num_inference_steps) for n in _sorted(networks)]
+        call = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
+        call["num_inference_steps"] = num_inference_steps
+        found: list[Plan] = []
+        least: dict[str, int] = {}
+        refused: BudgetError | None = None
+        for switches in self._variants(quality):
+            with self._switched(switches):
+                parts, needs, size = self._parts(call, where, offload_folder)
+            name = "near" if switches else "exact"
+            least[name] = min(least.get(name, 1 << 62), planner.least(parts))
             try:
-                made = planner.plan(parts, budget, host, str(where), speed, quality)
-                break
-            except ValueError:  # BudgetError: decoding in tiles may help, where that is allowed
-                vae = networks.get("vae")
-                if (
-                    quality == "exact"
-                    or tiling
-                    or not hasattr(vae, "enable_tiling")
-                    or getattr(vae, "use_tiling", False)
-                ):
-                    raise
-                tiling = {"vae_tiling": True}
-                vae.enable_tiling()  # type: ignore[union-attr, operator]
-        if tiling:
-            networks["vae"].disable_tiling()  # type: ignore[operator]
-        notes = [
-            f"{n}: not rehearsed ({r.failure}); its activations are a guess" for n, r in needs.items() if r.failure
-        ]
-        folder = {"offload_folder": offload_folder} if offload_folder else {}
-        return made.replace(switches={**tiling, **folder}, notes=tuple(notes))
+                made = planner.plan(parts, budget, host, str(where), self._speed(parts, where, budget), quality)
+            except BudgetError as error:
+                refused = refused or error
+                continue
+            if offload_folder:
+                switches = {**switches, "offload_folder": offload_folder}
+            if where.type == "cpu" and made.peak * LOOSE > budget:
+                switches = {**switches, "exact_pages": True}
+            found.append(made.replace(switches=switches, notes=_notes(needs), call={**call, **size}))
+            if memory is None or not any(row.travels for row in made.rows):
+                break  # nothing is gained by giving up exactness
+        if not found:
+            raise BudgetError(f"{refused}{self._advice(call, where, least)}") from None
+        return min(found, key=lambda p: p.seconds * (1 if p.exact else 1.05))
 
     def apply(self: Self, plan: Plan) -> Self:
         """Carry out ``plan``, instead of whatever policy there was.
@@ -102,15 +108,19 @@ class PlanSwitches:
         Raises:
             PlanConflict: it is for other components, or weights of the disk are in no file.
         """
-        networks = {n: c for n, c in self.components.items() if isinstance(c, nn.Module)}
+        networks = self._networks()
         unknown = sorted({row.component for row in plan.rows} - set(networks))
         if unknown:
             raise PlanConflict(f"the plan has rows for {unknown}; this pipeline's networks are {sorted(networks)}")
         for name in networks:
             if plan.of(name):
                 _carry_out(name, networks[name], plan)
+        before = self.__dict__.get("_plan")
+        if before is not None and before.switches.get("vae_tiling") and not plan.switches.get("vae_tiling"):
+            networks["vae"].disable_tiling()  # type: ignore[operator]
         if plan.switches.get("vae_tiling"):
             networks["vae"].enable_tiling()  # type: ignore[operator]
+        self.__dict__["_plan"] = plan
         return self
 
     def fit(self, memory: int | float | str | None = None, **options: Any) -> Plan:
@@ -119,68 +129,169 @@ class PlanSwitches:
         self.apply(made)
         return made
 
+    def memory_report(self) -> MemoryReport:
+        """What the last run under a plan was predicted to hold, and what it held: per stage, and over time.
+
+        Raises:
+            ValueError: there was none.
+        """
+        found = self.__dict__.get("_memory_report")
+        if found is None:
+            raise ValueError("nothing was measured yet: call `fit(memory)`, then the pipeline, then this")
+        return found  # type: ignore[no-any-return]
+
+    # -- runs under a plan ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _as_planned(self, inputs: Mapping[str, Any]) -> Iterator[Recorder | None]:
+        """A call under the plan in force: planned again if it is larger, measured, with exact allocation if need be."""
+        plan: Plan | None = self.__dict__.get("_plan")
+        if plan is None or self.__dict__.get("_rehearsing"):
+            yield None
+            return
+        plan = self._follow(plan, inputs)
+        recorder = Recorder(self._networks(), plan)
+        with pages.exact() if plan.switches.get("exact_pages") else _nothing(), recorder.running():
+            yield recorder
+        self.__dict__["_memory_report"] = recorder.report()
+
+    def _follow(self, plan: Plan, inputs: Mapping[str, Any]) -> Plan:
+        """``plan``, or another one within the same budget if the call is larger than it."""
+        asked = _asked(inputs)
+        names = ("height", "width", "num_frames", "batch_size")
+        planned = {n: plan.call.get(n) for n in names}
+        larger = [n for n in names if asked.get(n, 0) > (planned[n] or 0)]
+        if not larger or not plan.call or plan.budget is None:
+            return plan
+        wish = {n: asked.get(n) or planned[n] for n in names}
+        steps, folder = plan.call["num_inference_steps"], plan.switches.get("offload_folder")
+        device = plan.rows[0].device if plan.rows else None
+        logger.warning("the call is larger than planned (%s); planning again", ", ".join(larger))
+        return self.fit(
+            plan.budget, ram=plan.ram, quality=plan.quality, device=device, offload_folder=folder,
+            num_inference_steps=steps, **wish,
+        )  # fmt: skip
+
+    # -- what plans are made of ----------------------------------------------------------------------
+
+    def _variants(self, quality: str) -> list[dict[str, Any]]:
+        """Switches to try: none, and tiling where borders may change."""
+        vae = self.components.get("vae")
+        tiles = hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
+        return [{}, {"vae_tiling": True}] if quality != "exact" and tiles else [{}]
+
+    @contextmanager
+    def _switched(self, switches: Mapping[str, Any]) -> Iterator[None]:
+        if switches.get("vae_tiling"):
+            self.components["vae"].enable_tiling()
+        try:
+            yield
+        finally:
+            if switches.get("vae_tiling"):
+                self.components["vae"].disable_tiling()
+
+    def _parts(
+        self, call: Mapping[str, Any], device: torch.device, folder: str | None
+    ) -> tuple[list[Part], dict[str, Rehearsed], dict[str, int]]:
+        """The parts in the order that they run in; and the size of the call, where it was left open."""
+        networks = self._networks()
+        needs, size = self._rehearse(networks, call, device)
+        order = [*needs, *(n for n in networks if n not in needs)]
+        mappings = Mappings() if device.type == "cpu" and folder is None else None
+        steps = int(call["num_inference_steps"])
+        parts, kernels = [], set[Any]()
+        for name in order:
+            found = needs.get(name) or Rehearsed()
+            kernels |= found.kernels  # those of earlier stages stay
+            parts.append(part_of(name, networks[name], found, steps, device, mappings, len(kernels)))
+        return parts, needs, size
+
+    def _speed(self, parts: list[Part], device: torch.device, memory: int) -> Speed:
+        """Rates for the dtype of the largest network; weights come out of the system's cache if that can hold them."""
+        rates = machine.rates(device)
+        largest = max(self._networks().values(), key=lambda m: sum(p.nbytes for p in m.parameters()), default=None)
+        dtype = next((p.dtype for p in largest.parameters()), torch.float32) if largest is not None else torch.float32
+        if device.type != "cpu":
+            stream = rates.host_to_device
+        else:
+            cached = sum(p.nbytes for p in parts) < machine.available_ram() - memory
+            stream = rates.host_to_device if cached else rates.disk
+        return Speed.of(rates, str(dtype).removeprefix("torch."), stream)
+
     def _rehearse(
-        self, networks: Mapping[str, nn.Module], call: Mapping[str, Any], batch: int, device: torch.device
-    ) -> dict[str, Rehearsed]:
+        self, networks: Mapping[str, nn.Module], call: Mapping[str, Any], device: torch.device
+    ) -> tuple[dict[str, Rehearsed], dict[str, int]]:
         taken = inspect.signature(type(self).__call__).parameters
-        arguments: dict[str, Any] = {k: v for k, v in call.items() if k in taken and v is not None}
+        arguments = {k: v for k, v in call.items() if k in taken and v is not None}
         if "num_inference_steps" in taken:
-            arguments["num_inference_steps"] = 2
+            arguments["num_inference_steps"] = 3 if "strength" in taken else 2
         if "prompt" in taken:
-            arguments["prompt"] = [""] * batch
-        elif "batch_size" in taken:
-            arguments["batch_size"] = batch
+            arguments["prompt"] = [""] * int(call["batch_size"])
+        arguments |= _pictures(taken, call)
         config = dict(getattr(self, "_progress_bar_config", {}))
         self.__dict__["_progress_bar_config"] = {"disable": True}
+        self.__dict__["_rehearsing"] = True
         try:
-            return rehearse(networks, lambda: self(**arguments, output_type="pt"), device)  # type: ignore[operator]
+            out: list[Any] = []
+
+            def run() -> None:
+                out.append(self(**arguments, output_type="pt", return_dict=False)[0])  # type: ignore[operator]
+
+            needs = rehearse(networks, run, device, self.components.get("scheduler"))
         finally:
             self.__dict__["_progress_bar_config"] = config
+            del self.__dict__["_rehearsing"]
+        shape = tuple(getattr(out[0], "shape", ()))
+        return needs, {"height": shape[-2], "width": shape[-1]} if len(shape) >= 4 else {}
+
+    def _advice(self, call: Mapping[str, Any], device: torch.device, least: dict[str, int]) -> str:
+        """The least budget for the qualities that were not asked for, and for a smaller picture."""
+        if "near" not in least and self._variants("near")[1:]:
+            with self._switched({"vae_tiling": True}):
+                least["near"] = planner.least(self._parts(call, device, None)[0])
+        text = ""
+        if "near" in least and least["near"] < least.get("exact", 0):
+            text = f"; with quality='near' (tiling) it is {size_text(least['near'])}"
+        if call["height"] and call["width"]:
+            half = {**call, "height": call["height"] // 32 * 16, "width": call["width"] // 32 * 16}
+            try:
+                smaller = planner.least(self._parts(half, device, None)[0])
+            except ValueError:  # not a size that this family has
+                return text
+            text += f"; at {half['width']}x{half['height']} pixels it is {size_text(smaller)}"
+        return text
 
 
-def _sorted(networks: Mapping[str, nn.Module]) -> list[str]:
-    """Components in the order that stages run in."""
-
-    def place(name: str) -> int:
-        return next((i for i, part in enumerate(_ORDER) if name.startswith(part)), len(_ORDER) - 2)
-
-    return sorted(networks, key=place)
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
 
-def _part(name: str, module: nn.Module, needs: Rehearsed | None, steps: int) -> planner.Part:
-    needs = needs or Rehearsed()
-    compute = compute_dtype(module)
-    engine = engine_of(module)
-    cast = {id(t.module): t for t in engine.transforms.values() if t.casts} if engine is not None else {}
-    leaves = by_leaf(module)
-    decoded = 0
-    if compute is not None:
-        for group in leaves:
-            if any(id(s.module) in cast for s in group.slots):
-                decoded = max(decoded, sum(s.tensor.numel() * compute.itemsize for s in group.slots))
-    passes = needs.calls if needs.calls < 2 else steps * needs.calls // 2
-    stored = next((str(s).removeprefix("torch.") for t in cast.values() for s, _ in t.casts.values()), STORED)
-    return planner.Part(
-        name,
-        _sizes(by_block(module)),
-        _sizes(leaves),
-        needs.activations,
-        needs.flops * passes,
-        max(passes, 1),
-        stored,
-        str(compute).removeprefix("torch.") if compute is not None else None,
-        decoded,
+def _notes(needs: Mapping[str, Rehearsed]) -> tuple[str, ...]:
+    return tuple(
+        f"{n}: not rehearsed ({r.failure}); its activations are a guess" for n, r in needs.items() if r.failure
     )
 
 
-def _sizes(groups: list[Group]) -> tuple[tuple[str, int], ...]:
-    seen: set[int] = set()
-    out = []
-    for group in groups:
-        fresh = [s for s in group.slots if id(s.tensor) not in seen]
-        seen |= {id(s.tensor) for s in fresh}
-        out.append((group.name, homes.nbytes_of(fresh)))
-    return tuple(out)
+def _pictures(taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Blank pictures for the tasks that start from one."""
+    from PIL import Image
+
+    size = (int(call["width"] or 512), int(call["height"] or 512))
+    names = [n for n in ("image", "mask_image", "control_image") if n in taken]
+    if "image" not in names and "control_image" not in names:
+        return {}
+    return {n: Image.new("L" if n == "mask_image" else "RGB", size) for n in names}
+
+
+def _asked(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """The size of a call, as far as its arguments say it."""
+    asked = {n: int(inputs[n]) for n in ("height", "width", "num_frames") if inputs.get(n) is not None}
+    prompt, embeds = inputs.get("prompt"), inputs.get("prompt_embeds")
+    batch = len(prompt) if isinstance(prompt, (list, tuple)) else 1
+    batch = int(embeds.shape[0]) if embeds is not None else batch
+    asked["batch_size"] = int(inputs.get("batch_size") or batch) * int(inputs.get("num_images_per_prompt") or 1)
+    return asked
 
 
 def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
@@ -192,14 +303,14 @@ def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
     engine = engine_for(module, name)
     engine.settle()
     device = machine.check_device(next(iter(rows.values())).device)
+    folder = plan.switches.get("offload_folder")
     files = []
     for home in dict.fromkeys(row.home for row in rows.values()):
         part = [g for g in groups if rows[g.name].home == home]
-        slots = [s for g in part for s in g.slots]
         if home == "device":
-            homes.to_device(slots, device)
-        else:
-            files += policies.go_home(engine, part, home, plan.switches.get("offload_folder"))
+            homes.to_device([s for g in part for s in g.slots], device)
+        elif home != "disk" or folder is not None:  # what small buffers hold that are in no file stays in memory
+            files += policies.go_home(engine, part, home, folder)
     units = [Unit(rows[g.name], list(g.slots), list(g.triggers), device) for g in groups]
     if not any(row.travels for row in rows.values()) and device.type == "cpu":
         units = []

@@ -27,9 +27,6 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
 
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
 
-    def _networks(self) -> dict[str, nn.Module]:
-        return {n: c for n, c in self.components.items() if isinstance(c, nn.Module)}
-
     def _component(self, name: str, what: str) -> nn.Module:
         found = self._networks().get(name)
         if found is None:
@@ -49,6 +46,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
             ValueError: no such device.
         """
         where = machine.default_device(gpu_id, device)
+        self._unplan()
         for name, module in self._networks().items():
             if name in self._exclude_from_cpu_offload:
                 policies.resident(module, where)
@@ -60,6 +58,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
     ) -> None:
         """Every layer rests in host memory and travels alone, when it is called: least memory, least speed."""
         where = machine.default_device(gpu_id, device)
+        self._unplan()
         for name, module in self._networks().items():
             if name in self._exclude_from_cpu_offload:
                 policies.resident(module, where)
@@ -88,6 +87,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         unknown = sorted(set(exclude) - set(self.components))
         if unknown:
             raise ValueError(f"exclude_modules names {unknown}; the components are {list(self._networks())}")
+        self._unplan()
         for name, module in self._networks().items():
             if name in exclude:
                 policies.resident(module, onload_device)
@@ -130,6 +130,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
 
     def remove_all_hooks(self) -> None:
         """Undo every offloading policy; weights stay where they rest."""
+        self._unplan()
         for module in self._networks().values():
             policies.remove(module)
 
@@ -150,6 +151,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         """Place components: ``"balanced"``, a device, or a dictionary of component names to devices."""
         networks = self._networks()
         placed = device_map.place_components(networks, placement, max_memory)
+        self._unplan()
         for name, where in placed.items():
             device_map.apply_device_map(networks[name], where, None, offload_folder, name=name)
         self.__dict__["_device_map"] = placed
@@ -178,6 +180,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         for module in self._networks().values():
             moving.to(module, *args, **kwargs)
         if device is not None:
+            self._unplan()
             self.__dict__["_device_map"] = None
         return self
 

@@ -15,6 +15,7 @@ from ..core.errors import PlanConflict
 HOMES = ("device", "pinned", "host", "disk")
 LEVELS = ("component", "block", "leaf")
 STORED = "as stored"
+_SAME_BITS = ("vae_slicing", "offload_folder", "exact_pages")  # switches that change no bit of the result
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class Stage:
     activations: int = 0
     host: int = 0  # bytes of plain and pinned host memory
     seconds: float = 0.0
+    workspaces: int = 0  # bytes that operators take for the time of a call
 
     @property
     def peak(self) -> int:
-        return self.weights + self.ring + self.activations
+        return self.weights + self.ring + self.activations + self.workspaces
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Plan:
     budget: int | None = None
     ram: int | None = None
     notes: tuple[str, ...] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)  # height, width, …: the call it was made for
 
     @property
     def peak(self) -> int:
@@ -109,7 +112,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the result is bit-identical to that of everything resident, as stored."""
-        if any(value for name, value in self.switches.items() if name != "vae_slicing"):
+        if any(value for name, value in self.switches.items() if name not in _SAME_BITS):
             return False
         return all(row.form == STORED for row in self.rows)
 
@@ -124,13 +127,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         body = asdict(self)
-        body["switches"] = dict(self.switches)
+        body["switches"], body["call"] = dict(self.switches), dict(self.call)
         return body
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Plan:
         rest = {k: v for k, v in body.items() if k not in ("rows", "stages", "notes")}
-        unknown = set(rest) - {"switches", "quality", "budget", "ram"}
+        unknown = set(rest) - {"switches", "quality", "budget", "ram", "call"}
         if unknown:
             raise ValueError(f"a plan has no fields {sorted(unknown)}")
         return cls(

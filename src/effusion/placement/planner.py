@@ -2,140 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..core.errors import BudgetError
-from .plan import STORED, Plan, Row, Stage, size_text
+from .forecast import Option, Part, Piece, Speed, seconds, stage
+from .plan import Plan, Row, size_text
+
+MANY = 5  # components up to which every choice of those that stay for good is tried
 
 
 @dataclass(frozen=True)
-class Part:
-    """One component as the planner sees it: units by size, and what its stage needs besides."""
+class Choice:
+    """What to do with each part: which stay on the compute device for good, and how the others run."""
 
-    name: str
-    units: tuple[tuple[str, int], ...]  # (name, bytes), block by block
-    leaves: tuple[tuple[str, int], ...]  # the same, layer by layer
-    activations: int
-    flops: float = 0.0  # of all its calls
-    passes: int = 1  # how often all of its weights are needed
-    form: str = STORED
-    compute_dtype: str | None = None
-    decoded: int = 0  # bytes of the largest layer once decoded, if it rests in a smaller form
+    stays: tuple[bool, ...]
+    options: tuple[Option, ...]
+    resident: int  # bytes of those that stay
 
     @property
-    def nbytes(self) -> int:
-        return sum(n for _, n in self.units)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Rates of the machine: flop/s, and bytes/s from where streamed weights rest."""
-
-    flops: float
-    stream: float
-
-
-@dataclass
-class _Choice:
-    level: str = "component"
-    kept: set[str] = field(default_factory=set)
-    ring: int = 0
-    ahead: int = 0
+    def seconds(self) -> float:
+        return sum(o.seconds for o in self.options)
 
 
 def plan(
     parts: Sequence[Part], memory: int, ram: int | None, device: str, speed: Speed, quality: str = "exact"
 ) -> Plan:
-    """The plan with the least predicted time whose peak is within ``memory``.
+    """The plan with the least predicted time whose peak is within ``memory``, and whose host memory is within ``ram``.
 
-    Everything resident if that fits; else one component at a time; and where a component does not
-    fit, as many of its blocks as do, the rest streamed through a ring for two (or one) of them.
+    Components that fit together stay for good; the others take turns; where one does not fit by itself, as many of
+    its blocks (or layers) stay as do, and the rest is streamed through a ring for two (or one) of them.
 
     Raises:
         BudgetError: nothing fits; says the least that would, and which stage needs it.
     """
-    on_cpu = device == "cpu"
-    together = sum(p.nbytes for p in parts)
-    if together + max((p.activations + p.decoded for p in parts), default=0) <= memory:
-        rows = [_row(p, n, size, device, "device", False, 0) for p in parts for n, size in p.units]
-        stages = [Stage(p.name, together, 0, p.activations + p.decoded, together, _seconds(p, 0, speed)) for p in parts]
-        return Plan(tuple(rows), tuple(stages), quality=quality, budget=memory, ram=ram)
-    _check(parts, memory)
+    limit = min(memory, ram) if device == "cpu" and ram is not None else memory
+    best = min(choices(parts, limit, speed), key=lambda c: (c.seconds, c.resident), default=None)
+    if best is None:
+        raise BudgetError(_too_small(parts, limit))
+    return build(parts, best, memory, ram, device, quality)
+
+
+def least(parts: Sequence[Part]) -> int:
+    """The smallest budget that some plan keeps."""
+    bound = sum(p.cost for p in parts if p.bound)
+    return bound + max((p.needed + (0 if p.bound else options(p, None)[0].need) for p in parts), default=0)
+
+
+def choices(parts: Sequence[Part], memory: int, speed: Speed) -> Iterator[Choice]:
+    """For each set of components that stay for good, the fastest way to run the others within ``memory``."""
+    frontiers = [options(part, speed) for part in parts]
+    for stays in _sets(parts):
+        resident = sum(p.cost for p, s in zip(parts, stays, strict=True) if s)
+        found: list[Option] = []
+        for part, stay, frontier in zip(parts, stays, frontiers, strict=True):
+            room = memory - resident - part.needed
+            option = staying(part, speed) if stay else _best(frontier, room)
+            if room < 0 or option is None:
+                break
+            found.append(option)
+        else:
+            yield Choice(stays, tuple(found), resident)
+
+
+def staying(part: Part, speed: Speed) -> Option:
+    """All of ``part`` is there already, and counted with what is resident."""
+    kept = frozenset(p.name for p in part.blocks)
+    return Option("component", kept, 0, 0, 0, seconds(part, 0, 0, 0, 0, speed))
+
+
+def _sets(parts: Sequence[Part]) -> Iterator[tuple[bool, ...]]:
+    if len(parts) <= MANY:
+        free = [(True,) if p.bound else (False, True) for p in parts]
+        yield from itertools.product(*free)
+        return
+    order = sorted(range(len(parts)), key=lambda i: (not parts[i].bound, parts[i].cost))
+    for count in range(sum(p.bound for p in parts), len(parts) + 1):
+        inside = set(order[:count])
+        yield tuple(i in inside for i in range(len(parts)))
+
+
+def _best(frontier: Sequence[Option], room: int) -> Option | None:
+    return next((option for option in reversed(frontier) if option.need <= room), None)
+
+
+def options(part: Part, speed: Speed | None) -> list[Option]:
+    """The ways to run ``part`` that nothing beats: by growing need and, with ``speed``, falling time."""
+    speed = speed or Speed(1e12, 1e10)
+    found = [whole(part, speed)]
+    for level, pieces in (("block", part.blocks), ("leaf", part.leaves)):
+        for ahead in (1, 0):
+            found += partly(part, level, pieces, ahead, speed)
+    found.sort(key=lambda o: (o.need, o.seconds))
+    frontier: list[Option] = []
+    for option in found:
+        if not frontier or option.seconds < frontier[-1].seconds:
+            frontier.append(option)
+    return frontier
+
+
+def whole(part: Part, speed: Speed) -> Option:
+    """All of ``part`` comes when it is called, and stays until another component needs the room."""
+    kept = frozenset(p.name for p in part.blocks)
+    return Option("component", kept, 0, part.cost, 0, seconds(part, part.cost, 0, 0, 0, speed))
+
+
+def partly(part: Part, level: str, pieces: Sequence[Piece], ahead: int, speed: Speed) -> Iterator[Option]:
+    """Options that keep more and more of ``pieces``, in an order that spreads what is kept."""
+    free = [p for p in pieces if not p.cost or p.outer]  # never called, or needed throughout: nothing to stream
+    order = spread([p for p in pieces if p.cost and not p.outer])
+    kept = {p.name for p in free}
+    weights = sum(p.cost for p in free)
+    rooms = [0] * (len(order) + 1)  # the largest room among the pieces from an index on
+    for i in reversed(range(len(order))):
+        rooms[i] = max(rooms[i + 1], order[i].room)
+    streamed = sum(p.nbytes for p in order)
+    for i, piece in enumerate(order):
+        ring = rooms[i] * (1 + ahead if i < len(order) - 1 else 1)
+        took = seconds(part, weights, streamed, len(order) - i, ahead, speed)
+        yield Option(level, frozenset(kept), ahead, weights, ring, took)
+        kept.add(piece.name)
+        weights += piece.cost
+        streamed -= piece.nbytes
+
+
+def spread(pieces: Sequence[Piece]) -> list[Piece]:
+    """``pieces`` in the order in which to keep them: those first that stay almost for nothing (a table of embeddings
+    of which few rows are read), then spread evenly, so that computing what stays gives time to fetch the others."""
+    cheap = [p for p in pieces if 4 * p.cost < p.nbytes]
+    rest = [p for p in pieces if 4 * p.cost >= p.nbytes]
+    bits = max(len(rest) - 1, 1).bit_length()
+    order = sorted(range(len(rest)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
+    return cheap + [rest[i] for i in order]
+
+
+# -- rows and stages -------------------------------------------------------------------------------------
+
+
+def build(
+    parts: Sequence[Part], choice: Choice, memory: int | None, ram: int | None, device: str, quality: str = "exact"
+) -> Plan:
+    """``choice`` as a plan: its rows and the forecast of its stages."""
+    homes = _homes(parts, choice, ram, device)
+    host = sum(p.nbytes for p, home in zip(parts, homes, strict=True) if home == "host")
     rows, stages = [], []
-    for part in parts:
-        choice = _choose(part, memory)
-        units = part.leaves if choice.level == "leaf" else part.units
-        total = part.nbytes
-        streamed = total - sum(size for n, size in units if n in choice.kept)
-        home = "disk" if on_cpu else "host" if ram is None or ram >= together else "disk"
-        for n, size in units:
-            kept = n in choice.kept
-            where = "device" if kept and on_cpu else home
-            rows.append(_row(part, n, size, device, where, kept and not on_cpu, 0 if kept else choice.ahead))
-        stages.append(
-            Stage(
-                part.name,
-                total - streamed,
-                choice.ring if streamed else 0,
-                part.activations + part.decoded,
-                together if home == "host" else 0,
-                _seconds(part, streamed, speed),
-            )
-        )
+    for part, stay, option, home in zip(parts, choice.stays, choice.options, homes, strict=True):
+        for piece in part.leaves if option.level == "leaf" else part.blocks:
+            keep = piece.name in option.kept
+            ahead = 0 if keep else option.ahead
+            form = (part.form, part.compute_dtype, keep and not stay, ahead)
+            rows.append(Row(f"{part.name}/{piece.name}", piece.nbytes, home, device, *form))
+        made = stage(part, option, choice.resident, host)
+        stages.append(replace(made, host=made.peak) if device == "cpu" else made)
     return Plan(tuple(rows), tuple(stages), quality=quality, budget=memory, ram=ram)
 
 
-def least(part: Part) -> int:
-    """The smallest budget that ``part`` can run in: its activations and one layer at a time."""
-    return part.activations + part.decoded + max((n for _, n in part.leaves), default=0)
+def _homes(parts: Sequence[Part], choice: Choice, ram: int | None, device: str) -> list[str]:
+    """Where each part rests: the most needed ones in host memory while there is room, the others in their files."""
+    left = ram if ram is not None else sum(p.nbytes for p in parts)
+    homes = ["device"] * len(parts)
+    moving = [i for i, stay in enumerate(choice.stays) if not stay]
+    for i in sorted(moving, key=lambda i: -parts[i].passes * parts[i].nbytes):
+        fits = device != "cpu" and parts[i].nbytes <= left
+        homes[i] = "host" if fits else "disk"
+        left -= parts[i].nbytes if fits else 0
+    return homes
 
 
-def _check(parts: Sequence[Part], memory: int) -> None:
-    short = [p for p in parts if least(p) > memory]
-    if not short:
-        return
-    worst = max(short, key=least)
-    raise BudgetError(
-        f"{size_text(memory)} are not enough: {worst.name} alone needs {size_text(least(worst))} "
-        f"({size_text(worst.activations + worst.decoded)} of activations, the rest for its largest layer). "
-        f"The least for this call is {size_text(least(worst))}; a smaller height, width or batch lowers it, "
-        f"and so does vae tiling where decoding is the worst"
+def _too_small(parts: Sequence[Part], memory: int) -> str:
+    worst = max(parts, key=lambda p: p.needed + (0 if p.bound else options(p, None)[0].need))
+    bound = [p.name for p in parts if p.bound]
+    text = (
+        f"{size_text(memory)} are not enough: {worst.name} needs {size_text(worst.needed)} for activations and "
+        f"workspaces, and weights beside them. The least for this call is {size_text(least(parts))}"
     )
-
-
-def _choose(part: Part, memory: int) -> _Choice:
-    """How one component runs in ``memory``: whole, partly kept, or streamed; by blocks before by layers."""
-    room = memory - part.activations - part.decoded
-    if part.nbytes <= room:
-        return _Choice(kept={n for n, _ in part.units})
-    for level, units in (("block", part.units), ("leaf", part.leaves)):
-        for ahead in (1, 0):
-            ring = (1 + ahead) * _padded(max(size for _, size in units))
-            if ring <= room:
-                return _Choice(level, _keep(units, room - ring), ring, ahead)
-    return _Choice("leaf", set(), max(size for _, size in part.leaves), 0)
-
-
-def _keep(units: Sequence[tuple[str, int]], room: int) -> set[str]:
-    """Spread what is kept evenly over the units, so that computing them gives time to fetch the others."""
-    total = sum(size for _, size in units)
-    kept, filled, seen = set(), 0, 0
-    for name, size in units:
-        seen += size
-        if filled + size <= room and filled + size <= room * seen / total + size:
-            kept.add(name)
-            filled += size
-    return kept
-
-
-def _padded(nbytes: int) -> int:
-    return -(-(nbytes + 4096) // 512) * 512
-
-
-def _row(part: Part, unit: str, nbytes: int, device: str, home: str, keep: bool, ahead: int) -> Row:
-    return Row(f"{part.name}/{unit}", nbytes, home, device, part.form, part.compute_dtype, keep, ahead)
-
-
-def _seconds(part: Part, streamed: int, speed: Speed) -> float:
-    return max(part.flops / speed.flops, streamed * part.passes / speed.stream)
+    if bound:
+        text += (
+            f"; the weights of {bound} are in memory and views of no file, so they can't be streamed: load them as "
+            f"stored (torch_dtype='auto'), or give a folder to write them to (offload_folder)"
+        )
+    return text

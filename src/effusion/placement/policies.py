@@ -241,4 +241,5 @@ def execution_device(module: nn.Module) -> torch.device:
     engine = engine_of(module)
     if engine is not None and engine.device is not None:
         return engine.device
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+    found = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return found if found.type != "meta" else torch.device("cpu")  # a network without weights is only rehearsed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ class Shared:
         self.device = device
         self._inside: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._evictions: set[tuple[int, int]] = set()  # (who had to go, for whom) since the last `forget`
+        self.told: Callable[[Engine], None] | None = None  # whoever wants to know who enters
 
     def enter(self, engine: Engine) -> None:
         """Make room for ``engine``. Two that take turns (a network and its ControlNet) stay both if they fit."""
@@ -31,6 +33,8 @@ class Shared:
             other.settle()
             self._inside.discard(other)
         self._inside.add(engine)
+        if self.told is not None:
+            self.told(engine)
 
     def _fits(self, engine: Engine) -> bool:
         if self.device.type != "cuda":

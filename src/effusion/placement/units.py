@@ -169,6 +169,17 @@ def _called_from(root: nn.Module, group: Group) -> Group:
     return group
 
 
+def outer(groups: Sequence[Group]) -> list[bool]:
+    """For each group whether modules of other groups are called within a call that needs it."""
+    triggers = {id(t) for g in groups for t in g.triggers}
+    found = []
+    for group in groups:
+        own = {id(t) for t in group.triggers}
+        below = {id(m) for t in group.triggers for m in t.modules()} - own
+        found.append(bool(below & (triggers - own)))
+    return found
+
+
 # -- weights that are used without calling their module ----------------------------------------------------
 
 

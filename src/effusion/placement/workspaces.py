@@ -18,6 +18,16 @@ _TILE = (256, 512)  # queries, keys per tile of attention
 _SMALL = 20_480  # elements of one picture below which convolutions run without oneDNN
 
 
+KERNEL = 200 << 10  # bytes of code and tables that oneDNN keeps for every shape of convolution it has met
+
+
+def kernel(name: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What tells the kernel that the operator ``name`` is compiled to from others, if it is compiled at all."""
+    if not name.startswith("aten.convolution"):
+        return None
+    return (tuple(args[0].shape), tuple(args[1].shape), args[0].dtype, args[0].stride(), tuple(args[3]))
+
+
 def workspace(name: str, args: tuple[Any, ...], out: Any) -> int:
     """Bytes that the operator ``name`` needs on the CPU beside its inputs and its result.
 

@@ -1,0 +1,73 @@
+"""Memory of this process on the CPU: how the allocator takes and returns it, and how much there is.
+
+The C library keeps what is freed for later and lets it scatter; after some calls a process holds far more than
+is alive. Where a budget is tight, memory above a small size is asked of the system directly and goes back to it at
+once, so that what is held is what is alive, to the page. Asking costs a little time, so it is done for the time of a
+call only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+_DIRECT = 128 << 10  # bytes from which memory comes from the system
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's settings
+_LARGEST = 32 << 20  # the largest threshold that glibc chooses by itself
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    except (OSError, TypeError):  # another C library
+        return None
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Within it, memory that is freed goes back to the system at once."""
+    libc = _libc()
+    if libc is None:
+        yield
+        return
+    libc.malloc_trim(0)
+    libc.mallopt(_MMAP_THRESHOLD, _DIRECT)
+    libc.mallopt(_TRIM_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        libc.malloc_trim(0)
+
+
+def held() -> int:
+    """Bytes that this process holds now: memory of its own, and pages of mapped files."""
+    return _status("VmRSS:")
+
+
+def peak() -> int:
+    """The most that it held since :func:`forget_peak`."""
+    return _status("VmHWM:")
+
+
+def forget_peak() -> bool:
+    """Begin to measure the peak anew; ``False`` where the system can't."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
