@@ -70,6 +70,7 @@ def resolve_file(
     if root.is_dir():
         path = root / inside
         if path.is_file():
+            check_inside(path, root)
             return path
         raise MissingFile(f"{root} has no file {inside}; it holds {_listing(path.parent, root)}")
     return _download(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from ..core import log
 from ..core.config import read_json
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, UntrustedCode
 from ..placement import packing
 from ..weights import assign
 from ..weights.checkpoint import Checkpoint, open_checkpoint
@@ -34,18 +35,33 @@ def prepare_foreign(cls: Any, folder: Path, options: LoadOptions) -> Any:
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if raw is None:
         raise CheckpointError(f"{folder} has no config.json")
+    refuse_fetched_code(raw, str(folder / "config.json"))
     checkpoint = open_checkpoint(
         folder, stems=("model",), variant=options.variant, use_safetensors=options.use_safetensors
     )
     if raw.get("quantization_config"):
-        return Fallback(cls, folder, options)
+        return Fallback(cls, folder, options, checkpoint)
     config = cls.config_class.from_pretrained(folder)
     config._name_or_path = str(folder)
     model = _skeleton(cls, config, str(folder))
     fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES)
     if fitted is None or (options.dtype != torch.float32 and _computed_floats(model)):
-        return Fallback(cls, folder, options)
+        return Fallback(cls, folder, options, checkpoint)
     return ForeignPrepared.of_model(cls, model, fitted, options)
+
+
+def refuse_fetched_code(config: Any, label: str) -> None:
+    """A configuration may name a repository whose kernels transformers would fetch and run; ours does not.
+
+    Raises:
+        UntrustedCode: it does.
+    """
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        names = value.values() if isinstance(value, Mapping) else (value,)
+        if str(key).endswith("_implementation") and any("/" in str(name) for name in names):
+            raise UntrustedCode(f"{label}: {key}={value!r} is code from elsewhere; take it out to load the model")
+        if isinstance(value, Mapping):
+            refuse_fetched_code(value, label)
 
 
 def _computed_floats(model: torch.nn.Module) -> list[str]:
@@ -54,14 +70,14 @@ def _computed_floats(model: torch.nn.Module) -> list[str]:
     return [n for n, b in model.named_buffers() if n not in saved and b.is_floating_point()]
 
 
-def prepare_from(cls: Any, config: Any, checkpoint: Checkpoint, options: LoadOptions) -> Any:
-    """A network of transformers from a configuration (dictionary or folder) and weights under its names.
+def prepare_from(cls: Any, config: Mapping[str, Any], checkpoint: Checkpoint, options: LoadOptions) -> Any:
+    """A network of transformers from a configuration and weights under its names.
 
     Raises:
         CheckpointError: they do not fit each other.
     """
-    make = cls.config_class.from_dict if isinstance(config, dict) else cls.config_class.from_pretrained
-    model = _skeleton(cls, make(config), checkpoint.label)
+    refuse_fetched_code(config, checkpoint.label)
+    model = _skeleton(cls, cls.config_class.from_dict(dict(config)), checkpoint.label)
     fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES) or checkpoint
     return ForeignPrepared.of_model(cls, model, fitted, options)
 
@@ -135,21 +151,22 @@ def native_class(name: str, folder: Path) -> Any:
 
 @dataclass
 class Fallback:
-    """A network that transformers loads itself."""
+    """A network that transformers loads itself; it is given the tensors, so that it opens no pickle."""
 
     cls: Any
     folder: Path
     options: LoadOptions
+    checkpoint: Checkpoint
 
     def build(self) -> Any:
         """Load it with its own ``from_pretrained``; strict about missing weights like everything here."""
         options = self.options
         model, info = self.cls.from_pretrained(
-            self.folder,
+            None,
+            config=self.cls.config_class.from_pretrained(self.folder),
+            state_dict={name: self.checkpoint.tensor(name, options.mapped) for name in self.checkpoint},
             dtype=options.dtype or "auto",
-            variant=options.variant,
             output_loading_info=True,
-            **({} if options.use_safetensors is None else {"use_safetensors": options.use_safetensors}),
         )
         if info["missing_keys"]:
             raise CheckpointError(

@@ -303,7 +303,13 @@ def small_component(cls: Any, root: Path) -> Any:
     Raises:
         CheckpointError: it can't be read.
     """
-    closed = {"trust_remote_code": False} if cls.__module__.split(".")[0] == "transformers" else {}
+    closed: dict[str, Any] = {}
+    if cls.__module__.split(".")[0] == "transformers":
+        if not any(base.__name__ == "PushToHubMixin" for base in cls.__mro__) and not cls.__name__.startswith("Auto"):
+            raise CheckpointError(f"{root}: {cls.__name__} of transformers can't be a component of a pipeline")
+        closed["trust_remote_code"] = False
+    for file in root.iterdir():
+        hub.check_inside(file, root.parent)
     try:
         return cls.from_pretrained(root, **closed)
     except CheckpointError:

@@ -131,7 +131,7 @@ class Prepared(Generic[Model]):
         name: str = "",
     ) -> Prepared[Any]:
         """Build ``model_class`` from ``config`` on ``meta`` and compare it with ``checkpoint``, strictly."""
-        with building(model_class, checkpoint.label):
+        with building(model_class, checkpoint.label, 10_000 + 8 * len(checkpoint)):
             model, unused = model_class.from_config(config, return_unused_kwargs=True, **config_changes or {})
         strange = sorted(set(config_changes or ()) & set(unused))
         if strange:
@@ -169,12 +169,14 @@ class Prepared(Generic[Model]):
 
 
 @contextmanager
-def building(model_class: Any, label: str) -> Iterator[None]:
+def building(model_class: Any, label: str, limit: int = 100_000) -> Iterator[None]:
     """The network is built without weights; what its constructor raises about a configuration says whose it was."""
     try:
-        with Skeleton():
+        with Skeleton(limit):
             yield
-    except (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: {error}") from error
+    except (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError, MemoryError) as error:
         raise CheckpointError(
             f"{label}: its configuration does not build a {model_class.__name__}: {error!r}"
         ) from error

@@ -7,7 +7,7 @@ from .checkpoint import Checkpoint
 from .layouts import known
 from .layouts.infer import Shapes
 from .recognise_transformers import recognise_qwen_vae, recognise_text_encoder, recognise_transformer
-from .recognise_unets import recognise_unet, vae
+from .recognise_unets import EMPTY_MARKS, recognise_unet, vae
 from .verdict import Part, Verdict
 
 
@@ -17,7 +17,8 @@ def recognise(checkpoint: Checkpoint) -> Verdict:
     Raises:
         CheckpointError: names that only a known network has, without the rest of it or with absurd shapes.
     """
-    shapes = {name: tuple(entry.shape) for name, entry in checkpoint.items()}
+    # an empty tensor says nothing about sizes: its others could be anything at no cost
+    shapes = {n: tuple(e.shape) for n, e in checkpoint.items() if all(e.shape) or n in EMPTY_MARKS}
     try:
         for test in _TESTS:
             verdict = test(shapes)

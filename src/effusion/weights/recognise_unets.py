@@ -13,6 +13,8 @@ from .verdict import Part, Verdict
 
 UNET, _CONTROL, VAE = "model.diffusion_model.", "control_model.", "first_stage_model."
 _FIRST = "input_blocks.0.0.weight"
+# empty tensors by which some files say that they predict velocity, and that their schedule ends in pure noise
+EMPTY_MARKS = ("v_pred", "ztsnr")
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _CLASSIC = {
     "_class_name": "PNDMScheduler",
@@ -97,9 +99,10 @@ def _scheduler(shapes: Shapes, family: _Family) -> dict[str, Any]:
     config = dict(family.scheduler)
     if config["_class_name"] != "PNDMScheduler":
         config.pop("skip_prk_steps", None)
-    if "v_pred" in shapes:
+    prediction, terminal = EMPTY_MARKS
+    if prediction in shapes:
         config["prediction_type"] = "v_prediction"
-    if "ztsnr" in shapes:
+    if terminal in shapes:
         config["rescale_betas_zero_snr"] = True
     return config
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -83,8 +84,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON object hook that refuses an object with the same key twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} is there twice")
     return found
 

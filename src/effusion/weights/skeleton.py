@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..core.errors import CheckpointError
+
+_TABLE = 1 << 30
 _FILLS = {
     getattr(Tensor, name)
     for name in ("uniform_", "normal_", "zero_", "fill_", "erfinv_", "trunc_normal_", "clamp_", "mul_", "add_", "copy_")
@@ -23,16 +26,30 @@ class Skeleton(TorchFunctionMode):
     Layers allocate what they are going to fill with ``torch.empty``, and only that goes to ``meta``. What a
     constructor *computes* (rotary tables, position indices, and other buffers that no checkpoint
     carries) comes from other functions and is computed for real, so that it is right afterwards.
+
+    Raises:
+        CheckpointError: more layers than ``limit``, or a table larger than any network has: a configuration
+            is a stranger's, and building must end.
     """
+
+    def __init__(self, limit: int = 100_000) -> None:
+        super().__init__()
+        self.limit, self.made = limit, 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
+            self.made += 1
+            if self.made > self.limit:
+                raise CheckpointError(f"its configuration describes more than {self.limit} tensors")
             return func(*args, **{**kwargs, "device": "meta"})
         if func in _FILLS or func in _INITS:
             target = args[0] if args else kwargs.get("tensor")
             if isinstance(target, Tensor) and target.is_meta:
                 return target
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and not made.is_meta and made.numel() > _TABLE:
+            raise CheckpointError(f"its configuration describes a table of {list(made.shape)} numbers")
+        return made

@@ -19,7 +19,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    _limit(int(order["memory"]))
+    _limit(int(order["memory"]), int(order["written"]), int(order["seconds"]))
     path = ""
     try:
         for path, target in order["jobs"]:
@@ -31,12 +31,15 @@ def main() -> None:
     print(json.dumps(answer))  # noqa: T201
 
 
-def _limit(memory: int) -> None:
+def _limit(memory: int, written: int, seconds: int) -> None:
+    """From now on at most ``memory`` bytes more than there are, files of ``written`` bytes, and ``seconds`` of work."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        memory += pages * resource.getpagesize()
+        for what, limit in (("AS", memory), ("FSIZE", written), ("CPU", seconds), ("CORE", 0)):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (limit, limit))
 
 
 def _convert(path: Path, target: Path) -> None:

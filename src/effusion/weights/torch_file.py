@@ -22,7 +22,7 @@ from typing import Any
 from ..core.errors import CheckpointError, UntrustedCode
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_SECONDS, _SECONDS_PER_GB, _MEMORY = 120, 60, 16 << 30
+_SECONDS, _SECONDS_PER_GB, _MEMORY = 120, 60, 2 << 30
 _CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from effusion.weights import torch_child; torch_child.main()"
 
 
@@ -78,16 +78,24 @@ def _writable() -> Path:
 
 def _check_archive(path: Path) -> None:
     """Torch stores its records without compression, so an archive can't be larger inside than outside."""
-    with zipfile.ZipFile(path) as archive:
-        inside = sum(info.file_size for info in archive.infolist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise CheckpointError(f"{path}: a damaged archive: {error}") from error
     if inside > path.stat().st_size:
         raise CheckpointError(f"{path}: unpacks to {inside} bytes from {path.stat().st_size}: not a file torch wrote")
 
 
 def _convert(jobs: Sequence[tuple[Path, Path]]) -> None:
     size = sum(path.stat().st_size for path, _ in jobs)
-    order = {"memory": _MEMORY + 4 * size, "jobs": [[str(path.resolve()), str(target)] for path, target in jobs]}
     seconds = _SECONDS + _SECONDS_PER_GB * (size >> 30)
+    order = {
+        "memory": _MEMORY + 4 * size,
+        "written": (64 << 20) + 4 * size,
+        "seconds": seconds,
+        "jobs": [[str(path.resolve()), str(target)] for path, target in jobs],
+    }
     root = str(Path(__file__).parents[2])
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "HOME", "TMPDIR")}
     try:

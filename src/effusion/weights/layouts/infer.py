@@ -15,9 +15,17 @@ def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that ``{}`` in ``pattern`` stands for at the start of a name; 0 if none."""
+    """One more than the largest number that ``{}`` in ``pattern`` stands for at the start of a name; 0 if none.
+
+    Raises:
+        ValueError: it is far larger than there are such numbers: nobody is going to build that many layers.
+    """
     head = re.compile(r"(\d+)".join(map(re.escape, pattern.split("{}"))))
-    return max((int(m[1]) + 1 for name in shapes if (m := head.match(name))), default=0)
+    numbers = {int(m[1]) for name in shapes if (m := head.match(name))}
+    largest = max(numbers, default=-1)
+    if largest > 4 * len(numbers):
+        raise ValueError(f"{pattern.format(largest)} is there, but only {len(numbers)} of its kind")
+    return largest + 1
 
 
 def down_path(shapes: Shapes) -> dict[str, Any]:
