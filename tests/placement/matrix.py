@@ -2,8 +2,9 @@
 
 A *form* is what may change a picture: {as stored, cast} x {tiling or not} x {slicing or not} x {patched or not} x
 {eager, compiled blocks}. A pipeline of each form paints the picture of everything resident first, with no policy in
-front. Then it goes through all policies, and every *cell* (a form under a policy) is looked at four times: at the first call, the second, after an exception in the middle of a step, and after switching
-to another policy, whose first call that is.
+front. Then it goes through all policies, and every *cell* (a form under a policy) is looked at four times: at the
+first call, the second, after an exception in the middle of a step, and after switching to another policy, whose first
+call that is.
 
 ``python -m tests.placement.matrix [--device cuda] [--write]`` runs all of it and puts the counts into docs/memory.md.
 """
