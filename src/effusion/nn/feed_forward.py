@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fresh
+from . import fresh, host
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
@@ -39,6 +39,8 @@ class GELU(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
+        if host.serves(self.proj, x):
+            return host.linear(x, self.proj.weight, self.proj.bias, "gelu", self.approximate)
         x = self.proj(x)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.gelu(x, approximate=self.approximate)
@@ -88,6 +90,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out * 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if host.serves(self.proj, x):
+            (value, gate), bias = self.proj.weight.chunk(2), self.proj.bias
+            of_value, of_gate = (None, None) if bias is None else bias.chunk(2)
+            return host.linear(x, gate, of_gate, "gelu", "none").mul_(host.linear(x, value, of_value))
         value, gate = self.proj(x).chunk(2, dim=-1)
         return fresh.mul(F.gelu(gate), value)
 
