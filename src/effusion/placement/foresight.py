@@ -9,6 +9,7 @@ the call has, because a product of all at once rounds differently.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,7 @@ class Known(Tensor):
     """A tensor with a value for each call (or one for all); as a tensor it looks like the first of them."""
 
     parts: list[Tensor]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(parts: list[Tensor]) -> Known:
@@ -150,8 +151,8 @@ class Foresight(TorchFunctionMode):
         try:
             results = []
             for index in range(count):
-                a, k = (mapped(v, lambda t, i=index: self._value(t, i, lent), self.symbolic) for v in (args, kwargs))
-                results.append(func(*a, **k))
+                take = partial(self._value, index=index, lent=lent)
+                results.append(func(*mapped(args, take, self.symbolic), **mapped(kwargs, take, self.symbolic)))
         finally:
             self.weights.give_back()
         return target if target is not None and results[0] is not None else self._combined(results)

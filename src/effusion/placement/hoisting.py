@@ -156,7 +156,8 @@ def foresee(networks: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[s
     """
     reasons: dict[str, str] = {}
     try:
-        found = collect(networks, run, reasons)
+        with torch.random.fork_rng(_accelerators(networks)):
+            found = collect(networks, run, reasons)
     except Exception as error:  # code of the loop that looks at latents: nothing is lost but the saving
         logger.info("nothing is hoisted: the loop can't be foreseen (%s: %s)", type(error).__name__, error)
         return dict.fromkeys(networks, str(error))
@@ -169,6 +170,12 @@ def foresee(networks: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[s
     for name, reason in reasons.items():
         logger.info("nothing is hoisted in %s: %s", name, reason)
     return reasons
+
+
+def _accelerators(networks: Mapping[str, nn.Module]) -> list[int]:
+    """The indices of the CUDA devices that ``networks`` compute on."""
+    places = {device_of(m) for m in networks.values()}
+    return [d.index if d.index is not None else torch.cuda.current_device() for d in places if d.type == "cuda"]
 
 
 def collect(
@@ -213,7 +220,7 @@ class _Stub:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self.mode is not None
-        self.mode.__exit__(None, None, None)
+        self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             call: Call = (args, kwargs)
             unknown = unknown_paths([call])
@@ -223,7 +230,7 @@ class _Stub:
             self.found.setdefault(self.name, []).append(call)
             return self.outs[form]
         finally:
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _shapes(self, call: Call, unknown: frozenset[Path]) -> Any:
         reason = refusal(self.module)
