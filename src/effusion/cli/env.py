@@ -16,13 +16,14 @@ _DISTRIBUTIONS = {"flash_attn": "flash-attn"}
 
 
 def add_parser(subparsers: Any) -> None:
-    """The verb's arguments: none."""
-    subparsers.add_parser("env", help="versions and devices of this machine")
+    """The verb's arguments."""
+    parser = subparsers.add_parser("env", help="versions and devices of this machine")
+    parser.add_argument("--rates", action="store_true", help="how fast it computes, copies and reads; measured anew")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print one ``name: value`` line each."""
-    for name, value in facts().items():
+    for name, value in (rates() if args.rates else facts()).items():
         print(f"{name}: {value}")
 
 
@@ -46,6 +47,21 @@ def facts() -> dict[str, str]:
             found[str(device)] = f"{_name_of(device)}, {free:.1f} GiB free"
     found |= {name: _version(name) for name in (*REQUIRED, *EXTRAS)}
     found["cuda in torch"] = torch.version.cuda or "no"
+    return found
+
+
+def rates() -> dict[str, str]:
+    """The rates that plans count with, for each device."""
+    from ..placement import machine
+
+    found = {}
+    for device in machine.devices():
+        measured = machine.rates(device, fresh=True)
+        compute = ", ".join(f"{rate / 1e9:.0f} Gflop/s in {dtype}" for dtype, rate in measured.matmul.items())
+        found[f"{device} computes"] = compute
+        found[f"{device} memory"] = f"{measured.memory / 1e9:.1f} GB/s"
+        found[f"{device} is fed with"] = f"{measured.host_to_device / 1e9:.1f} GB/s from host memory"
+        found["disk"] = f"{measured.disk / 1e9:.2f} GB/s, cold"
     return found
 
 

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import io
 import secrets
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,22 @@ def add_parser(subparsers: Any) -> None:
     add("--strength", type=number(float, 0, 1, open_low=True), help="how far to leave --image, up to 1")
     add("--dtype", choices=DTYPES, default="auto", help="auto: float32 on the CPU, float16 elsewhere")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, …; auto: the accelerator if there is one")
+    add_budget(parser)
     add("--out", type=Path, default=Path("effusion.png"), help="PNG file; several pictures get -1, -2, … before .png")
+
+
+def add_budget(parser: Any) -> None:
+    """The arguments of a budget, the same for every verb that has one."""
+    add = parser.add_argument
+    add("--memory", metavar="SIZE", help="budget on the compute device, like 6GB; all that is free if left out")
+    add("--ram", metavar="SIZE", help="budget in host memory; all that is available if left out")
+    add("--quality", choices=("exact", "near", "lossy"), default="exact", help="what a plan may change to fit")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, load, paint, write."""
     _check(args)
+    _check_budget(args)
     targets = _targets(args.out, len(args.prompt) * args.num_images)
     _check_scheduler(args.scheduler)
     pictures = _pictures(args)
@@ -82,6 +93,17 @@ def _check(args: argparse.Namespace) -> None:
     empty = [prompt for prompt in args.prompt if not prompt.strip()]
     if empty:
         raise UsageError("the prompt is empty: say what to paint")
+
+
+def _check_budget(args: argparse.Namespace) -> None:
+    from ..placement.plan import parse_size
+
+    try:
+        for name in ("memory", "ram"):
+            if getattr(args, name) is not None:
+                parse_size(getattr(args, name), name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _targets(out: Path, count: int) -> list[Path]:
@@ -119,13 +141,23 @@ def _load(args: argparse.Namespace) -> Any:
     import torch
 
     from .. import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
-    from ..placement.machine import default_device
+    from ..placement.machine import default_device, free_device_memory
 
     device = default_device(device=None if args.device == "auto" else args.device)
     name = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "float16"
     task = AutoPipelineForInpainting if args.mask else AutoPipelineForImage2Image if args.image else None
     pipe = (task or AutoPipelineForText2Image).from_pretrained(model_path(args.model), torch_dtype=getattr(torch, name))
-    return pipe.to(device)
+    weights = sum(p.nbytes for module in pipe.modules.values() for p in module.parameters())
+    if not (args.memory or args.ram) and 2 * weights < free_device_memory(device):
+        return pipe.to(device)
+    wide, high = args.size or (None, None)
+    steps = {"num_inference_steps": _usual(args)[0]} if _usual(args)[0] else {}
+    plan = pipe.fit(
+        args.memory, ram=args.ram, quality=args.quality, height=high, width=wide, batch_size=args.num_images,
+        device=device, **steps,
+    )  # fmt: skip
+    print(plan, file=sys.stderr)
+    return pipe
 
 
 def model_path(model: str) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..core.errors import EffusionError
-from . import env, generate, inspect, samplers
+from . import env, generate, inspect, plan, samplers
 from .usage import UsageError
 
-VERBS = (generate, inspect, samplers, env)
+VERBS = (generate, plan, inspect, samplers, env)
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 

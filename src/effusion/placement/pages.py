@@ -44,6 +44,20 @@ def exact() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+_LIBRARIES = 24 << 20  # bytes of code and buffers that torch's libraries bring in with the first run
+_warm: list[bool] = []
+
+
+def libraries() -> int:
+    """Bytes that a run adds by being the first of this process."""
+    return 0 if _warm else _LIBRARIES
+
+
+def warmed() -> None:
+    """A run is over: the libraries are in memory."""
+    _warm[:] = [True]
+
+
 def held() -> int:
     """Bytes that this process holds now: memory of its own, and pages of mapped files."""
     return _status("VmRSS:")

@@ -50,9 +50,10 @@ def _memory(axes: Any, report: MemoryReport) -> None:
     for at in report.steps:
         axes.axvline(at, ymax=0.03, color="black", linewidth=1)
     axes.set_ylabel(f"MB on {report.device}")
-    axes.set_ylim(bottom=0)
-    axes.set_title("Memory over time; ticks at the bottom are steps")
-    axes.legend(loc="upper left", ncols=4, fontsize=8, framealpha=0.9)
+    most = max([s.held for s in samples] + [report.plan.budget or 0, report.plan.peak, 1]) / unit
+    axes.set_ylim(0, 1.08 * most)
+    axes.set_title("Memory over time; ticks at the bottom are steps", fontsize=10)
+    axes.figure.legend(loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     axes.margins(x=0)
 
 

@@ -40,7 +40,9 @@ class PlanSwitches:
 
     def _unplan(self) -> None:
         """Another policy is set: no plan is in force any more."""
-        self.__dict__.pop("_plan", None)
+        before = self.__dict__.pop("_plan", None)
+        if before is not None:
+            self._switch(before.switches, False)
 
     def plan(
         self,
@@ -81,10 +83,10 @@ class PlanSwitches:
         found: list[Plan] = []
         least: dict[str, int] = {}
         refused: BudgetError | None = None
-        for switches in self._variants(quality):
+        for switches in self._variants(quality, batch_size):
             with self._switched(switches):
                 parts, needs, size = self._parts(call, where, offload_folder)
-            name = "near" if switches else "exact"
+            name = "near" if "vae_tiling" in switches else "exact"
             least[name] = min(least.get(name, 1 << 62), planner.least(parts))
             try:
                 made = planner.plan(parts, budget, host, str(where), self._speed(parts, where, budget), quality)
@@ -115,11 +117,8 @@ class PlanSwitches:
         for name in networks:
             if plan.of(name):
                 _carry_out(name, networks[name], plan)
-        before = self.__dict__.get("_plan")
-        if before is not None and before.switches.get("vae_tiling") and not plan.switches.get("vae_tiling"):
-            networks["vae"].disable_tiling()  # type: ignore[operator]
-        if plan.switches.get("vae_tiling"):
-            networks["vae"].enable_tiling()  # type: ignore[operator]
+        self._unplan()
+        self._switch(plan.switches, True)
         self.__dict__["_plan"] = plan
         return self
 
@@ -174,21 +173,26 @@ class PlanSwitches:
 
     # -- what plans are made of ----------------------------------------------------------------------
 
-    def _variants(self, quality: str) -> list[dict[str, Any]]:
-        """Switches to try: none, and tiling where borders may change."""
+    def _variants(self, quality: str, batch: int = 1) -> list[dict[str, Any]]:
+        """Switches to try: none, pictures of a batch decoded in turn, and tiling where borders may change."""
         vae = self.components.get("vae")
+        slices = batch > 1 and hasattr(vae, "enable_slicing") and not getattr(vae, "use_slicing", False)
         tiles = hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
-        return [{}, {"vae_tiling": True}] if quality != "exact" and tiles else [{}]
+        found: list[dict[str, Any]] = [{}, {"vae_slicing": True}] if slices else [{}]
+        return found + [{**f, "vae_tiling": True} for f in found if tiles and quality != "exact"]
 
     @contextmanager
     def _switched(self, switches: Mapping[str, Any]) -> Iterator[None]:
-        if switches.get("vae_tiling"):
-            self.components["vae"].enable_tiling()
+        self._switch(switches, True)
         try:
             yield
         finally:
-            if switches.get("vae_tiling"):
-                self.components["vae"].disable_tiling()
+            self._switch(switches, False)
+
+    def _switch(self, switches: Mapping[str, Any], on: bool) -> None:
+        for name in ("slicing", "tiling"):
+            if switches.get(f"vae_{name}"):
+                getattr(self.components["vae"], f"{'enable' if on else 'disable'}_{name}")()
 
     def _parts(
         self, call: Mapping[str, Any], device: torch.device, folder: str | None

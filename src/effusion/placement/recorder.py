@@ -72,6 +72,7 @@ class Recorder:
             sampler.join()
             for hook in hooks:
                 hook.remove()
+            pages.warmed()
 
     def report(self) -> MemoryReport:
         """What was measured, beside what was predicted."""
