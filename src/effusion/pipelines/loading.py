@@ -41,6 +41,8 @@ class PipelineOptions:
     device_map: Any = None
     max_memory: Any = None
     memory: Any = None
+    ram: Any = None
+    quality: str | None = None
     custom_pipeline: str | None = None
     custom_revision: str | None = None
     trust_remote_code: bool = False
@@ -51,7 +53,7 @@ class PipelineOptions:
         if kwargs.get("quantization_config") is not None:
             raise ValueError("`quantization_config`: quantise a component by itself, then pass it to the pipeline")
         dtypes, default = _split_dtypes(kwargs)
-        own = {n: kwargs.pop(n, None) for n in ("device_map", "max_memory", "memory", *_CUSTOM)}
+        own = {n: kwargs.pop(n, None) for n in ("device_map", "max_memory", "memory", "ram", "quality", *_CUSTOM)}
         trusted = bool(kwargs.pop("trust_remote_code", False))
         for name in _IGNORED:
             kwargs.pop(name, None)
@@ -319,9 +321,9 @@ def small_component(cls: Any, root: Path) -> Any:
 
 
 def _place(pipe: Any, options: PipelineOptions) -> Any:
-    """Apply ``memory=`` or a ``device_map`` strategy; weights are still unread in the mapped files."""
-    if options.memory is not None:
-        pipe.fit(options.memory)
+    """Apply a budget or a ``device_map`` strategy; weights are still unread in the mapped files."""
+    if (options.memory, options.ram, options.quality) != (None, None, None):
+        pipe.fit(options.memory, ram=options.ram, quality=options.quality or "exact")
     elif isinstance(options.device_map, Mapping) or options.device_map in _STRATEGIES:
         pipe._apply_device_map(options.device_map, options.max_memory)
     return pipe
