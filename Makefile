@@ -3,6 +3,7 @@
 #   make test    the tests
 #   make check   format, lint, types, floors, tests: what a change must pass
 #   make bench   the benchmark tables, side by side with the peer
+#   make fuzz    the readers of files against mutated ones, SECONDS for each
 PYTHON ?= python3
 VENV ?= .venv
 # One known torch, so that nobody downloads a newer one by accident. Any other >= 2.9 works: `make TORCH=torch==2.9.1`;
@@ -11,12 +12,13 @@ TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 PROMPT ?= a small red circle above a large blue square on a white background
 PYTEST_FLAGS ?=
+SECONDS ?= 60
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --maxprocesses 8 $(PYTEST_FLAGS)
 
-.PHONY: demo test check format lint types bench clean
+.PHONY: demo test check format lint types bench fuzz clean
 
 demo: $(VENV)/.installed
 	@mkdir -p out
@@ -40,6 +42,10 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) -m benchmarks
+
+fuzz: $(VENV)/.installed-dev
+	$(PIP) install -q -e '.[fuzz]'
+	$(RUN) -m tests.fuzz --seconds $(SECONDS)
 
 clean:
 	rm -rf $(VENV) out build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -34,7 +34,7 @@ class AutoModel(ConfigMixin):
         path = kwargs.pop("pretrained_model_name_or_path", pretrained_model_or_path)
         if path is None:
             raise ValueError("AutoModel.from_pretrained needs a folder or the name of a repository")
-        trusted = bool(kwargs.pop("trust_remote_code", False))
+        trusted = kwargs.pop("trust_remote_code", False) is True
         where, _ = hub.split_location(kwargs)
         found = _class_of(path, where, trusted)
         return found.from_pretrained(path, **kwargs)
@@ -49,7 +49,7 @@ class AutoModel(ConfigMixin):
         source = pretrained_model_name_or_path_or_dict
         if source is None:
             raise ValueError("AutoModel.from_config needs a configuration, a folder or the name of a repository")
-        trusted = bool(kwargs.pop("trust_remote_code", False))
+        trusted = kwargs.pop("trust_remote_code", False) is True
         if isinstance(source, Mapping):
             return class_from_config(source, "the configuration", trusted).from_config(source, **kwargs)
         where, rest = hub.split_location(kwargs)

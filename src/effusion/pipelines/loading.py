@@ -54,7 +54,7 @@ class PipelineOptions:
             raise ValueError("`quantization_config`: quantise a component by itself, then pass it to the pipeline")
         dtypes, default = _split_dtypes(kwargs)
         own = {n: kwargs.pop(n, None) for n in ("device_map", "max_memory", "memory", "ram", "quality", *_CUSTOM)}
-        trusted = bool(kwargs.pop("trust_remote_code", False))
+        trusted = kwargs.pop("trust_remote_code", False) is True
         for name in _IGNORED:
             kwargs.pop(name, None)
         base = LoadOptions.take(kwargs)
@@ -169,7 +169,10 @@ def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: Pi
             raise CheckpointError(f"{folder / INDEX}: `_class_name` must be a name or [file, name], not {name!r}")
         remote.consent(f"the pipeline {name[1]!r} of {folder}", options.trust_remote_code)
         file, class_name = name
-        return remote.load_class(remote.read_folder(folder), file, class_name, trusted=options.trust_remote_code)
+        own = remote.load_class(remote.read_folder(folder), file, class_name, trusted=options.trust_remote_code)
+        if not hasattr(own, "register_modules"):
+            raise CheckpointError(f"{folder / INDEX}: {class_name} of {file}.py is no pipeline class")
+        return own
     if cls.__name__ != "DiffusionPipeline":
         return cls
     if not isinstance(name, str):

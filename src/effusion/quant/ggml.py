@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..core.errors import CheckpointError
 from ..core.optional import require
 
 _PIECE = 1 << 17  # numbers that are unpacked at once on the CPU
@@ -172,8 +173,8 @@ class GGML:
 
     def decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Float32 values as the reference's to the bit, then ``dtype``."""
-        if packed.is_meta:
-            return torch.empty(self.shape, dtype=dtype, device="meta")
+        if packed.is_meta or not prod(self.shape):
+            return torch.empty(self.shape, dtype=dtype, device=packed.device)
         block = block_of(self.kind)
         assert block is not None
         blocks = packed.reshape(-1, block[1])
@@ -198,7 +199,10 @@ class GGML:
 
     def _by_package(self, packed: Tensor) -> Tensor:
         gguf = require("gguf", "reading GGUF files")
-        values = gguf.quants.dequantize(packed.cpu().numpy().reshape(-1), gguf.GGMLQuantizationType(self.kind))
+        try:
+            values = gguf.quants.dequantize(packed.cpu().numpy().reshape(-1), gguf.GGMLQuantizationType(self.kind))
+        except NotImplementedError as error:
+            raise CheckpointError(f"the package gguf can't unpack {self.label} yet; take another file") from error
         return torch.from_numpy(values).view(self.shape)
 
     @property

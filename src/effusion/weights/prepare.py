@@ -176,7 +176,7 @@ def building(model_class: Any, label: str, limit: int = 100_000) -> Iterator[Non
             yield
     except CheckpointError as error:
         raise CheckpointError(f"{label}: {error}") from error
-    except (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError, MemoryError) as error:
+    except (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{label}: its configuration does not build a {model_class.__name__}: {error!r}"
         ) from error

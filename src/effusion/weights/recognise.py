@@ -41,7 +41,7 @@ def _adapter(shapes: Shapes) -> Verdict | None:
         return Verdict("lora", f"a LoRA for {_lora_target(shapes)}: load it with `pipe.load_lora_weights`")
     if any(n.startswith("ip_adapter.") for n in shapes) and any(n.startswith("image_proj.") for n in shapes):
         return Verdict("ip_adapter", "an IP-Adapter: load it with `pipe.load_ip_adapter`")
-    small = all(len(s) <= 2 for s in shapes.values()) and len(shapes) <= 3
+    small = shapes and all(len(s) <= 2 for s in shapes.values()) and len(shapes) <= 3
     if small and (set(shapes) & {"emb_params", "clip_l", "clip_g"} or all(n.startswith("<") for n in shapes)):
         width = next(iter(shapes.values()))[-1]
         return Verdict("embedding", f"a textual inversion of width {width}: load it with `pipe.load_textual_inversion`")

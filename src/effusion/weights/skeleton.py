@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.errors import CheckpointError
 
-_TABLE = 1 << 30
+_TABLE, _SIDE = 1 << 30, 1 << 24  # numbers in a table, and on a side of it
 _FILLS = {
     getattr(Tensor, name)
     for name in ("uniform_", "normal_", "zero_", "fill_", "erfinv_", "trunc_normal_", "clamp_", "mul_", "add_", "copy_")
@@ -49,6 +49,8 @@ class Skeleton(TorchFunctionMode):
             target = args[0] if args else kwargs.get("tensor")
             if isinstance(target, Tensor) and target.is_meta:
                 return target
+        if func is torch.arange and any(isinstance(n, (int, float)) and n > _SIDE for n in args):
+            raise CheckpointError(f"its configuration describes a table with a side of {max(args)}")
         made = func(*args, **kwargs)
         if isinstance(made, Tensor) and not made.is_meta and made.numel() > _TABLE:
             raise CheckpointError(f"its configuration describes a table of {list(made.shape)} numbers")
