@@ -110,7 +110,7 @@ print(transformer.hf_device_map)
     Snippet(
         "000:129",
         "A device map of one's own",
-        "names devices 0 and 1, and the machine of the tests has no two GPUs",
+        "",
         """
 import torch
 from diffusers import AutoModel
@@ -130,7 +130,7 @@ transformer = AutoModel.from_pretrained(
     Snippet(
         "000:147",
         "Limit the memory of each device",
-        "names devices 0 and 1, and the machine of the tests has no two GPUs",
+        "",
         """
 import torch
 from diffusers import AutoModel, StableDiffusionXLPipeline
@@ -240,7 +240,7 @@ print(f"Max memory reserved: {torch.cuda.max_memory_allocated() / 1024**3:.2f} G
     Snippet(
         "000:307",
         "Group offloading of a pipeline",
-        "CogVideoX is not built yet",
+        "",
         """
 import torch
 from diffusers import CogVideoXPipeline
@@ -274,7 +274,7 @@ export_to_video(video, "output.mp4", fps=8)
     Snippet(
         "000:342",
         "Group offloading of models",
-        "CogVideoX is not built yet",
+        "",
         """
 import torch
 from diffusers import CogVideoXPipeline
@@ -308,7 +308,7 @@ export_to_video(video, "output.mp4", fps=8)
     Snippet(
         "000:386",
         "Group offloading on a stream",
-        "CogVideoX is not built yet",
+        "",
         """
 pipeline.transformer.enable_group_offload(onload_device=onload_device, offload_device=offload_device, offload_type="leaf_level", use_stream=True, record_stream=True)
 """,
@@ -316,7 +316,7 @@ pipeline.transformer.enable_group_offload(onload_device=onload_device, offload_d
     Snippet(
         "000:398",
         "Group offloading to disk",
-        "CogVideoX is not built yet",
+        "",
         """
 pipeline.transformer.enable_group_offload(onload_device=onload_device, offload_device=offload_device, offload_type="leaf_level", offload_to_disk_path="path/to/disk")
 
@@ -326,7 +326,7 @@ apply_group_offloading(pipeline.text_encoder, onload_device=onload_device, offlo
     Snippet(
         "000:420",
         "Layerwise casting",
-        "CogVideoX is not built yet",
+        "",
         """
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
@@ -359,7 +359,7 @@ export_to_video(video, "output.mp4", fps=8)
     Snippet(
         "000:451",
         "Layerwise casting of parts",
-        "CogVideoX is not built yet",
+        "",
         """
 import torch
 from diffusers import CogVideoXTransformer3DModel

@@ -127,9 +127,10 @@ def with_code() -> Files:
 
 @cache
 def flux_transformer() -> Files:
+    """As deep as the published one where a device map names its blocks."""
     torch.manual_seed(3)
     transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=38, attention_head_dim=8, num_attention_heads=1,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
     )  # fmt: skip
     return {f"transformer/{name}": data for name, data in saved(transformer).items()}
