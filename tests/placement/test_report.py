@@ -74,7 +74,7 @@ def test_a_larger_call_is_planned_again_or_refused(tmp_path: Path) -> None:
     fresh.fit(planned.peak, **CALL)
     steps: list[int] = []
     with pytest.raises(BudgetError):
-        tiny.run("sd", fresh, height=512, width=512, callback_on_step_end=lambda p, i, t, k: steps.append(i) or k)
+        tiny.run("sd", fresh, height=128, width=128, callback_on_step_end=lambda p, i, t, k: steps.append(i) or k)
     assert not steps
     fresh.enable_sequential_cpu_offload(device="cpu")
     tiny.run("sd", fresh, height=64, width=64)
