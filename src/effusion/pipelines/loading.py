@@ -16,6 +16,7 @@ from torch import nn
 from ..core import hub, log, registry, remote
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
+from ..placement.machine import check_device
 from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
 from . import downloading
@@ -64,7 +65,7 @@ class PipelineOptions:
         """The options to load the component ``name`` of a local folder with."""
         dtype = self.dtypes.get(name, self.default_dtype)
         device = self.device_map if isinstance(self.device_map, (str, torch.device, int)) else None
-        single = torch.device(device) if device is not None and device not in _STRATEGIES else None
+        single = check_device(device) if device is not None and device not in _STRATEGIES else None
         return replace(self.base, where={"subfolder": name}, dtype=dtype, variant=variant, device=single)
 
 
