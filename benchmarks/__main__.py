@@ -6,7 +6,16 @@ import argparse
 import subprocess
 import sys
 
-ALL = ("import_time", "cold_start", "schedulers", "unet_step", "transformer_forward", "loading")
+ALL = (
+    "import_time",
+    "cold_start",
+    "schedulers",
+    "unet_step",
+    "transformer_forward",
+    "loading",
+    "single_file",
+    "gguf_linear",
+)
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}; all if none is named")

@@ -49,10 +49,8 @@ def change(path: Path, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
-AUTO = {
-    name: "evil.Evil" for name in ("AutoModel", "AutoConfig", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
-}
-AUTO["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]  # type: ignore[assignment]
+_AUTO = ("AutoModel", "AutoConfig", "AutoProcessor", "AutoImageProcessor")
+AUTO: dict[str, Any] = {**dict.fromkeys(_AUTO, "evil.Evil"), "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
 INDEX: dict[str, dict[str, Any]] = {
     "a class by a dotted path": {"_class_name": "os.system"},
     "a class of builtins": {"_class_name": "__import__"},

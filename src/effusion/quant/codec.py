@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..core import memory
+
 
 class Codec(Protocol):
     """How the bytes of one weight, ``uint8``, become its values; knows nothing of files or devices."""
@@ -62,7 +64,7 @@ class ScaledFloat:
         return read if read.numel() == 1 else read.reshape(-1, *([1] * (len(self.shape) - 1)))
 
     def decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        values = packed.view(self.stored).view(self.shape).float()
+        values = memory.empty(self.shape, torch.float32, packed.device).copy_(packed.view(self.stored).view(self.shape))
         return values.mul_(self._factor.to(values.device)).to(dtype)
 
     def rows(self, start: int, count: int) -> ScaledFloat:

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..core import memory
 from ..core.errors import CheckpointError
 from ..core.optional import require
 
@@ -181,7 +182,7 @@ class GGML:
         decoder = DECODERS.get(self.kind)
         if decoder is None:
             return self._by_package(packed).to(device=packed.device, dtype=dtype)
-        out = torch.empty(len(blocks), block[0], dtype=dtype, device=packed.device)
+        out = memory.empty((len(blocks), block[0]), dtype, packed.device)
         step = max(_PIECE // block[0], 1) if packed.device.type == "cpu" else max(len(blocks), 1)
         scratch = None if dtype == torch.float32 else out.new_empty(min(step, len(out)), block[0], dtype=torch.float32)
         for start in range(0, len(blocks), step):
