@@ -33,6 +33,7 @@ def denoise(
     attention_kwargs: dict[str, Any] | None = None,
     use_clipped_model_output: bool | None = None,
     hoist: Any = None,
+    rescue: Any = None,
 ) -> Iterator[Step]:
     """Go from noise to latents: per step scale the input, predict each branch, guide, step, blend.
 
@@ -41,6 +42,7 @@ def denoise(
 
     Args:
         hoist: is shown the calls of the network that will be made, before they are, and again when conditions changed.
+        rescue: does a step, given its name, the step and what it changes, again if need be.
     """
     model = components[family.denoiser]
     options = step_options(scheduler, eta=eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
@@ -49,10 +51,9 @@ def denoise(
     predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs or attention_kwargs)
     assert state.latents is not None and state.conds is not None
     seen: tuple[Cond, ...] = ()
-    for index, t in enumerate(timesteps):
-        if hoist is not None and any(a is not b for a, b in zip_longest(seen, state.conds.values())):
-            seen = tuple(state.conds.values())
-            hoist(partial(foresee, predictor, timesteps, index))
+
+    def advance(index: int, t: Tensor) -> None:
+        assert state.latents is not None and state.conds is not None
         done, total = index / len(timesteps), len(timesteps)
         predict = predictor.at(scale_input(state.latents, t), t, (done, (index + 1) / total))
         prediction = state.guider(predict, state.conds, done)
@@ -61,6 +62,16 @@ def denoise(
         state.denoised = stepped[1] if len(stepped) > 1 else None
         if blend is not None:
             state.latents = blend(state.latents, index, timesteps)
+
+    for index, t in enumerate(timesteps):
+        if hoist is not None and any(a is not b for a, b in zip_longest(seen, state.conds.values())):
+            seen = tuple(state.conds.values())
+            hoist(partial(foresee, predictor, timesteps, index))
+        if rescue is None:
+            advance(index, t)
+        else:
+            what = f"step {index + 1} of {len(timesteps)}"
+            rescue(what, partial(advance, index, t), state, scheduler, generator, state.guider, state.control)
         yield Step(index, t, len(timesteps), state)
         if state.interrupted:
             break

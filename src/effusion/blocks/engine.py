@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ..core.types import State
@@ -154,7 +154,12 @@ def stream(
     for block in blocks:
         if on_block is not None:
             on_block(block, state)
-        outputs = block(state, context)
+        rescue = context.get("rescue")
+        if rescue is None:
+            outputs = block(state, context)
+        else:
+            generator = state.get("generator")
+            outputs = rescue(f"the block {block.name!r}", partial(block, state, context), state, generator)
         if inspect.isgenerator(outputs):
             outputs = yield from outputs
         if outputs is None:

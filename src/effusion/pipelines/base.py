@@ -261,7 +261,8 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
 
         try:
             with torch.no_grad():
-                for step in engine.stream(self.blocks, state, self._context(), on_block):
+                context = {**self._context(), "rescue": self._rescuer(recorder)}
+                for step in engine.stream(self.blocks, state, context, on_block):
                     self._after_step(step, callback, names, bar)
                     if recorder is not None:
                         recorder.step()

@@ -18,7 +18,7 @@ def unpack_in_calls(module: nn.Module, codecs: Mapping[str, tuple[Codec, torch.d
     They go with every way of offloading, and patches are added to what is unpacked.
     """
     engine = engine_for(module)
-    engine.settle()
+    engine.unhoist()
     for path, how in codecs.items():
         owner, _, leaf = path.rpartition(".")
         layer = module.get_submodule(owner)
@@ -47,7 +47,7 @@ def unpack(module: nn.Module) -> None:
     engine = engine_of(module)
     if engine is None:
         return
-    engine.settle()
+    engine.unhoist()
     done: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
         for layer, transform in list(engine.transforms.items()):

@@ -19,6 +19,7 @@ from .plan import Plan, parse_size, size_text
 from .recorder import Recorder
 from .rehearsal import Rehearsed, rehearse
 from .report import MemoryReport
+from .rescue import Rescue
 from .sources import Mappings
 from .units import by_block, by_leaf
 
@@ -153,6 +154,12 @@ class PlanSwitches:
         with pages.exact() if plan.switches.get("exact_pages") else _nothing(), recorder.running():
             yield recorder
         self.__dict__["_memory_report"] = recorder.report()
+
+    def _rescuer(self, recorder: Recorder | None) -> Rescue | None:
+        """What makes leaner plans during a run under a plan."""
+        if recorder is None:
+            return None
+        return Rescue(self._networks(), self.__dict__["_plan"], self.apply, recorder.note)
 
     def _follow(self, plan: Plan, inputs: Mapping[str, Any]) -> Plan:
         """``plan``, or another one within the same budget if the call is larger than it."""
@@ -305,7 +312,7 @@ def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
         raise PlanConflict(f"the plan's units of {name!r} are not those of this {type(module).__name__}; plan again")
     policies.check_free(module)
     engine = engine_for(module, name)
-    engine.settle()
+    engine.unhoist()
     device = machine.check_device(next(iter(rows.values())).device)
     folder = plan.switches.get("offload_folder")
     files = []

@@ -154,7 +154,7 @@ def stream(
     slots = all_slots(module)
     homes.refuse_meta(slots, name or type(module).__name__)
     engine = engine_for(module, name)
-    engine.settle()
+    engine.unhoist()
     if home == "pinned" and device.type == "cpu":
         home = "host"
     files = go_home(engine, groups, home, folder, offload)
