@@ -15,6 +15,7 @@ ALL = (
     "loading",
     "single_file",
     "gguf_linear",
+    "hoisting",
 )
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
