@@ -75,7 +75,7 @@ def measure(repeat: int) -> str:
                 show = [f"{statistics.median(times) * 1e3:.1f} ms" for times in (mine, theirs)]
                 rows.append([label, *show, harness.ratio(mine, theirs)])
     text = harness.table(["", "Effusion", "peer", "ratio"], rows)
-    return f"{TOKENS} tokens, {torch.get_num_threads()} threads.\n\n{text}"
+    return f"{TOKENS} tokens, {torch.get_num_threads()} thread(s).\n\n{text}"
 
 
 if __name__ == "__main__":
