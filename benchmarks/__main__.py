@@ -15,6 +15,7 @@ ALL = (
     "loading",
     "single_file",
     "gguf_linear",
+    "forecast",
     "hoisting",
 )
 

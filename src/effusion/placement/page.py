@@ -12,7 +12,7 @@ from .plan import size_text
 if TYPE_CHECKING:
     from .report import MemoryReport
 
-WIDTH, HEIGHT, LEFT, BELOW = 960, 320, 70, 60
+WIDTH, HEIGHT, LEFT, BELOW = 960, 320, 80, 60
 STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}"
@@ -77,7 +77,7 @@ def _timeline(report: MemoryReport) -> str:
         parts.append(_line(LEFT, y(report.plan.budget), WIDTH, y(report.plan.budget), "#c00000", "7 4"))
     parts += [_line(x(at), HEIGHT, x(at), HEIGHT - 8, "#000") for at in report.steps]
     parts += [_transfers(report, x), *_axes(end, top, x, y)]
-    return f"<svg viewBox='0 0 {WIDTH + 10} {HEIGHT + BELOW + 30}' font-size='12'>{''.join(parts)}</svg>"
+    return f"<svg viewBox='-6 0 {WIDTH + 36} {HEIGHT + BELOW + 30}' font-size='12'>{''.join(parts)}</svg>"
 
 
 def _areas(report: MemoryReport, x: Callable[[float], float], y: Callable[[float], float]) -> str:

@@ -44,6 +44,13 @@ def exact() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+def trim() -> None:
+    """Give back what earlier runs have left free in between."""
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 _LIBRARIES = 24 << 20  # bytes of code and buffers that torch's libraries bring in with the first run
 _warm: list[bool] = []
 

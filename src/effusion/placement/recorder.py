@@ -109,6 +109,8 @@ class Recorder:
             known = self._measured.get(stage, Measured())
             self._measured[stage] = Measured(max(known.peak, self._peak()), known.seconds + now - since)
         self._now = (name, now) if name is not None else None
+        if self.plan.switches.get("exact_pages"):
+            pages.trim()
         self._forget()
 
     # -- readings ------------------------------------------------------------------------------------
