@@ -41,6 +41,7 @@ class BrownianNoise:
                 tol=1e-6,
                 pool_size=24,
                 halfway_tree=True,
+                cache_size=100,  # a path down the tree and its turns: with fewer, most noise is drawn twice
             )
             for entropy in seeds
         ]
