@@ -87,9 +87,8 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
 
 def host_pages(nbytes: int) -> tuple[mmap.mmap, Tensor]:
     """Pages from the system, and a tensor over them that keeps them alive."""
-    pages = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 4 << 20:
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, nbytes, **private)
     return pages, torch.frombuffer(pages, dtype=torch.uint8)
 
 
