@@ -17,6 +17,8 @@ ALL = (
     "gguf_linear",
     "forecast",
     "hoisting",
+    "placement_memory",
+    "placement_disk",
 )
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
