@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from . import hoisting
-from .calls import Call
 
 
 class HoistingSwitches:
@@ -34,16 +33,7 @@ class HoistingSwitches:
 
     def _hoister(self) -> Callable[[Callable[[], Any]], Any] | None:
         """What the loop is shown to before it begins; ``None`` if nobody wants to know."""
-        if self.__dict__.get("_rehearsing"):
-            return self._rehearse_loop
         plan = self.__dict__.get("_plan")
         wanted = self.__dict__.get("_hoists", False) or (plan is not None and plan.switches.get("hoist", False))
-        return partial(hoisting.foresee, self._networks()) if wanted else None
-
-    def _rehearse_loop(self, run: Callable[[], Any]) -> None:
-        """Note the calls that the loop will make, for :func:`~.hoisting.hoistable`."""
-        try:
-            found: dict[str, list[Call]] = hoisting.collect(self._networks(), run)
-        except Exception:  # the loop looks at latents: nothing can be hoisted then
-            found = {}
-        self.__dict__["_foreseen"] = found
+        rehearsing = self.__dict__.get("_rehearsing", False)
+        return partial(hoisting.foresee, self._networks()) if wanted and not rehearsing else None
