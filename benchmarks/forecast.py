@@ -1,7 +1,7 @@
-"""Predicted and measured peak of memory on the CPU: families x ways to place weights x sizes, a fresh process for each.
+"""Predicted and measured peak of memory on the CPU: families x ways to place weights x sizes, a fresh process per row.
 
-The process warms up with a small picture (libraries page themselves in), then makes one under a plan that does exactly
-what the column says. Measured is what the process holds above the level before the call: memory of its own and pages
+The process warms up with one picture (libraries page themselves in), then makes one under a plan for each column that
+does exactly what the column says. Measured is what the process holds above the level before the call: memory of its own and pages
 of mapped files, to the page, by the kernel's own high-water mark.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import small
-from .harness import child, main, table
+from .harness import ROOT, child, main, table
 
 SIZES = (256, 384)
 POLICIES = ("resident", "components", "blocks", "blocks ahead", "layers", "half kept")
@@ -25,17 +25,13 @@ from benchmarks.forecast import forced
 import effusion
 pipe = effusion.DiffusionPipeline.from_pretrained(folder)
 pipe.set_progress_bar_config(disable=True)
-def run(size):
+def run(policy):
+    plan = forced(pipe, policy, size)
+    pipe.apply(plan)
     pipe(prompt="a cat", height=size, width=size, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-pipe.apply(forced(pipe, policy, size))
-run(64)
-plan = forced(pipe, policy, size)
-pipe.apply(plan)
-run(size)
-made = pipe.memory_report()
-report(predicted=plan.peak, measured=made.peak, seconds=made.seconds, guess=plan.seconds,
-       stages={r["stage"]: [r["predicted_peak"], r["measured_peak"], r["predicted_seconds"], r["measured_seconds"]]
-               for r in made.rows()})
+    return plan.peak, pipe.memory_report().peak
+run("layers")
+report(cells={policy: run(policy) for policy in policies})
 """
 
 
@@ -68,10 +64,12 @@ def option(part: Any, policy: str, speed: Any) -> Any:
     return ways[len(ways) // 2 if policy == "half kept" else 0] if ways else planner.whole(part, speed)
 
 
-def cell(folder: Path, policy: str, size: int) -> dict[str, Any]:
-    from .harness import ROOT
-
-    return child(CODE, folder=str(folder), policy=policy, size=size, root=str(ROOT))
+def row(folder: Path, size: int) -> dict[str, tuple[int, int]]:
+    """Predicted and measured peak for each policy."""
+    cells: dict[str, tuple[int, int]] = child(CODE, folder=str(folder), policies=POLICIES, size=size, root=str(ROOT))[
+        "cells"
+    ]
+    return cells
 
 
 def measure(repeat: int) -> str:
@@ -81,10 +79,9 @@ def measure(repeat: int) -> str:
             folder = small.save(family, Path(name))
             for size in SIZES:
                 line = [family, f"{size}x{size}"]
-                for policy in POLICIES:
-                    got = cell(folder, policy, size)
-                    ratios.append(got["predicted"] / got["measured"])
-                    line.append(f"{got['measured'] / 1e6:.0f} MB, {ratios[-1]:.3f}x")
+                for predicted, measured in row(folder, size).values():
+                    ratios.append(predicted / measured)
+                    line.append(f"{measured / 1e6:.0f} MB, {ratios[-1]:.3f}x")
                 rows.append(line)
     text = table(["family", "size", *POLICIES], rows)
     return (

@@ -21,6 +21,7 @@ from .parts import part
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("Stable Diffusion", "SDXL", "SD 3", "FLUX.1", "PixArt-Sigma")
+NOISE = 4 << 20  # bytes that a process of this size differs by from run to run; the pipelines here have tens of MB
 CHILD = """
 import json, sys, tempfile
 from pathlib import Path
@@ -72,8 +73,8 @@ def test_every_family_runs_as_predicted(family: str, results: dict[str, list[lis
     for budget, predicted, measured, _, same in results[family]:
         assert same, "another picture than with everything resident"
         assert predicted <= budget
-        assert measured <= 1.02 * predicted + (1 << 20), "the forecast is too low"
-        assert predicted <= 1.1 * measured + (2 << 20), "the forecast is too high"
+        assert measured <= 1.02 * predicted + NOISE, "the forecast is too low"
+        assert predicted <= 1.1 * measured + NOISE, "the forecast is too high"
     assert results[family][-1][3], "the smallest budget streams nothing"
 
 

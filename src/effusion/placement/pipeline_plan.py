@@ -20,7 +20,7 @@ from .recorder import Recorder
 from .rehearsal import Rehearsed, rehearse
 from .report import MemoryReport
 from .rescue import Rescue
-from .sources import Mappings
+from .sources import Mappings, give_back_pages
 from .units import by_block, by_leaf
 
 logger = log.get_logger(__name__)
@@ -322,6 +322,10 @@ def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
             homes.to_device([s for g in part for s in g.slots], device)
         elif home != "disk" or folder is not None:  # what small buffers hold that are in no file stays in memory
             files += policies.go_home(engine, part, home, folder)
+        if home == "disk":  # pages that an earlier plan brought in
+            mappings = Mappings()
+            tensors = {id(s.tensor): s.tensor for g in part for s in g.slots}.values()
+            give_back_pages([t for t in tensors if mappings.span(t) is not None])
     units = [Unit(rows[g.name], list(g.slots), list(g.triggers), device) for g in groups]
     if not any(row.travels for row in rows.values()) and device.type == "cpu":
         units = []
