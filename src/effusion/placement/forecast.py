@@ -146,7 +146,7 @@ def stage(part: Part, option: Option, beside: int = 0, host: int = 0) -> Stage:
 
 def rounding(kernels: int) -> int:
     """Bytes on the CPU for small objects, whole pages and the libraries' buffers, which grow with the threads."""
-    return (6 << 20) + pages.libraries() + torch.get_num_threads() * (1 << 19) + kernels * KERNEL
+    return (4 << 20) + pages.libraries() + torch.get_num_threads() * (1 << 19) + kernels * KERNEL
 
 
 # -- from a component to a part --------------------------------------------------------------------------

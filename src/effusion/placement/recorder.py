@@ -90,6 +90,7 @@ class Recorder:
 
         def begin(*_: Any) -> None:
             if self._now is None or self._now[0] != name:
+                room_on(self.device).clear()  # it stays for good and makes no room for itself; the plan counts on it
                 self._enter(name)
 
         engine = engine_of(module)
