@@ -1,4 +1,8 @@
-"""Large tensors on the host in huge pages: the system hands them out once per 2 MiB instead of once per 4 KiB."""
+"""Large tensors on the host in huge pages: the system hands them out once per 2 MiB instead of once per 4 KiB.
+
+For tensors that live for one call: gigabytes that stay make the system move other pages to find room, which takes longer
+than what is won.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import memory
 from ..core.errors import CheckpointError
 from ..quant.codec import Codec
 from .checkpoint import Checkpoint
@@ -157,19 +156,12 @@ def _fresh(
     mapped: bool,
 ) -> Tensor:
     stored = checkpoint.tensor(name, mapped)
-    value = _converted(stored, device, dtype)
+    value = stored.to(device=device, dtype=dtype)
     if value is not stored:
         checkpoint.release(name)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
     return value
-
-
-def _converted(stored: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    if on_cpu and dtype not in (None, stored.dtype) and not stored.is_meta and stored.device.type == "cpu":
-        return memory.empty(stored.shape, dtype).copy_(stored)
-    return stored.to(device=device, dtype=dtype)
 
 
 def meta_tensors(model: nn.Module) -> list[str]:
