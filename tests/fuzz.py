@@ -173,7 +173,8 @@ def guided(name: str, seconds: int) -> None:
                 shutil.rmtree(folder)
                 os._exit(0)
 
-        options = [f"-max_len={DATA}", "-rss_limit_mb=4096", "-verbosity=0"]
+        Path("out").mkdir(exist_ok=True)  # for what failed or was slow
+        options = [f"-max_len={DATA}", "-rss_limit_mb=4096", "-verbosity=0", "-artifact_prefix=out/"]
         atheris.Setup([sys.argv[0], *options, str(folder / "corpus")], test)
         atheris.Fuzz()
 

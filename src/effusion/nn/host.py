@@ -15,19 +15,19 @@ def serves(layer: nn.Module, x: Tensor) -> bool:
     Not where gradients are recorded, code is compiled or traced, operators are watched (shapes without values,
     counters), or ``layer`` is more than a linear layer (hooks, adapters, packed weights).
     """
-    return (
+    return bool(
         type(layer) is nn.Linear
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype == layer.weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.enabled
     )
 
 
