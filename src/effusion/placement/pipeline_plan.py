@@ -181,12 +181,14 @@ class PlanSwitches:
     # -- what plans are made of ----------------------------------------------------------------------
 
     def _variants(self, quality: str, batch: int = 1) -> list[dict[str, Any]]:
-        """Switches to try: none, pictures of a batch decoded in turn, and tiling where borders may change."""
+        """Switches to try: none; where more than bits may change, a batch decoded in turn, and in tiles."""
+        if quality == "exact":
+            return [{}]
         vae = self.components.get("vae")
         slices = batch > 1 and hasattr(vae, "enable_slicing") and not getattr(vae, "use_slicing", False)
         tiles = hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
         found: list[dict[str, Any]] = [{}, {"vae_slicing": True}] if slices else [{}]
-        return found + [{**f, "vae_tiling": True} for f in found if tiles and quality != "exact"]
+        return found + [{**f, "vae_tiling": True} for f in found if tiles]
 
     @contextmanager
     def _switched(self, switches: Mapping[str, Any]) -> Iterator[None]:

@@ -200,7 +200,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
                 module.set_attention_slice(slice_size)  # type: ignore[operator]
 
     def enable_vae_slicing(self) -> None:
-        """Decode a batch one picture at a time; the pictures stay the same."""
+        """Decode a batch one picture at a time; sums may round differently than those of a batch."""
         self._vae_switch("enable_slicing")
 
     def disable_vae_slicing(self) -> None:

@@ -15,7 +15,7 @@ from ..core.errors import PlanConflict
 HOMES = ("device", "pinned", "host", "disk")
 LEVELS = ("component", "block", "leaf")
 STORED = "as stored"
-_SAME_BITS = ("vae_slicing", "offload_folder", "exact_pages", "hoist")  # switches that change no bit of the result
+_SAME_BITS = ("offload_folder", "exact_pages", "hoist")  # switches that change no bit of the result
 
 
 @dataclass(frozen=True)
