@@ -40,16 +40,17 @@ def forced(pipe: Any, policy: str, size: int, steps: int = 2) -> Any:
     import torch
 
     from effusion.placement import planner
+    from effusion.placement.pipeline_choices import Choices
 
     call = {"height": size, "width": size, "num_frames": None, "batch_size": 1, "num_inference_steps": steps}
-    device = torch.device("cpu")
-    parts, _, asked = pipe._parts(call, device, None)
-    speed = pipe._speed(parts, device, 0)
+    choices = Choices(pipe, pipe.modules, call, torch.device("cpu"))
+    parts = choices.expected({}).parts()
+    speed = choices.speed(parts, 0)
     stays = (policy == "resident",) * len(parts)
     resident = sum(p.cost for p in parts) if policy == "resident" else 0
     chosen = tuple(option(part, policy, speed) for part in parts)
     made = planner.build(parts, planner.Choice(stays, chosen, resident), None, None, "cpu")
-    return made.replace(switches={"exact_pages": True}, call={**call, **asked}, budget=made.peak)
+    return made.replace(switches={"exact_pages": True}, call={**call, **choices.size}, budget=made.peak)
 
 
 def option(part: Any, policy: str, speed: Any) -> Any:

@@ -49,15 +49,28 @@ def apply_layerwise_casting(
     for name, dtype in (("storage_dtype", storage_dtype), ("compute_dtype", compute_dtype)):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{name}={dtype!r}: give a floating-point dtype, such as torch.float8_e4m3fn")
-    patterns = _patterns(skip_modules_pattern)
-    if skip_modules_pattern is None and skip_modules_classes is None:
+    cast(module, layers_to_cast(module, skip_modules_pattern, skip_modules_classes), storage_dtype, compute_dtype)
+
+
+def usual_patterns(module: nn.Module) -> tuple[str, ...]:
+    """What is left as it is unless someone says otherwise: norms, positions, and what the network names itself."""
+    return tuple(dict.fromkeys([*DEFAULT_SKIP_MODULES_PATTERN, *own_patterns(module)]))
+
+
+def own_patterns(module: nn.Module) -> list[str]:
+    """What the network names itself, to be left as it is."""
+    names = ("_keep_in_fp32_modules", "_skip_layerwise_casting_patterns")
+    return [pattern for name in names for pattern in getattr(module, name, None) or ()]
+
+
+def layers_to_cast(module: nn.Module, skip: Pattern, skip_classes: Classes | None = None) -> list[nn.Module]:
+    """The layers of ``module`` whose weights may rest in another dtype."""
+    if skip is None and skip_classes is None:
         layers = [m for m in module.modules() if own_slots(m, "")]
     else:
-        layers = list(_layers(module, "", patterns, skip_modules_classes or ()))
+        layers = list(_layers(module, "", _patterns(skip), skip_classes or ()))
     spokesman = _says_dtype(module)
-    if spokesman is not None:
-        layers = [layer for layer in layers if not any(t is spokesman for t in layer._parameters.values())]
-    cast(module, layers, storage_dtype, compute_dtype)
+    return [layer for layer in layers if not any(t is spokesman for t in layer._parameters.values() if t is not None)]
 
 
 def _says_dtype(module: nn.Module) -> Tensor | None:

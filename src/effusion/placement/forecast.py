@@ -6,24 +6,26 @@ the machine; which of a component's weights stay and which travel is an :class:`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from . import pages
-from .casting import compute_dtype
+from .casting import layers_to_cast, usual_patterns
 from .engine import engine_of
+from .hoisting import Hoistable
 from .machine import Rates
 from .plan import STORED, Stage
 from .rehearsal import Rehearsed
 from .sources import Mappings
-from .units import Group, by_block, by_leaf, outer
+from .units import Group, Slot, by_block, by_leaf, outer, own_slots
 from .workspaces import KERNEL
 
 EFFICIENCY = 0.6  # of the rate of large matrices that networks reach
 HANDOVER = 1e-4  # seconds that lending one unit takes by itself
+FORESEEING = 2e-3  # seconds per layer of a network to find out what can be hoisted
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Part:
         passes: how often all of its weights are needed.
         decoded: bytes of the largest layer once decoded, if it rests in a smaller form.
         bound: its weights are in memory already and views of no file, so they can't leave it.
+        hoisted: bytes that are fetched once, before the loop, and left out of it.
+        foreseen: seconds that finding out takes.
     """
 
     name: str
@@ -66,6 +70,8 @@ class Part:
     compute_dtype: str | None = None
     decoded: int = 0
     bound: bool = False
+    hoisted: int = 0
+    foreseen: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -124,11 +130,12 @@ def seconds(part: Part, loaded: int, streamed: int, pieces: int, ahead: int, spe
     """
     compute = part.flops / speed.flops + part.moved / speed.memory
     fetched = streamed * part.passes
+    loaded += part.hoisted
     fetch = fetched / speed.stream
     lending = pieces * part.passes * HANDOVER
     if speed.shares_cores:
         compute += fetched / speed.memory
-    return loaded / speed.stream + lending + (max(compute, fetch) if ahead else compute + fetch)
+    return loaded / speed.stream + part.foreseen + lending + (max(compute, fetch) if ahead else compute + fetch)
 
 
 def stage(part: Part, option: Option, beside: int = 0, host: int = 0) -> Stage:
@@ -146,7 +153,7 @@ def stage(part: Part, option: Option, beside: int = 0, host: int = 0) -> Stage:
 
 def rounding(kernels: int) -> int:
     """Bytes on the CPU for small objects, whole pages and the libraries' buffers, which grow with the threads."""
-    return (4 << 20) + pages.libraries() + torch.get_num_threads() * (1 << 19) + kernels * KERNEL
+    return (1 << 20) + pages.libraries() + torch.get_num_threads() * (1 << 19) + kernels * KERNEL
 
 
 # -- from a component to a part --------------------------------------------------------------------------
@@ -154,61 +161,130 @@ def rounding(kernels: int) -> int:
 
 def part_of(
     name: str, module: nn.Module, needs: Rehearsed, steps: int, device: torch.device,
-    mappings: Mappings | None = None, kernels: int = 0,
+    mappings: Mappings | None = None, kernels: int = 0, left_out: Hoistable | None = None,
+    storage: torch.dtype | None = None, uncast: bool = False,
 ) -> Part:  # fmt: skip
     """What the planner has to know of ``module``.
 
     Args:
         mappings: the file mappings of this process, to find weights that are views of none; not asked if ``None``.
         kernels: how many are compiled by the time that it runs, for stages before it too.
+        left_out: what is hoisted out of the loop.
+        storage: the dtype that it would be cast to for rest.
+        uncast: casts that are there now will have been undone.
     """
-    compute = compute_dtype(module)
+    leaves, blocks = by_leaf(module), by_block(module)
+    forms = _forms(module, storage, uncast)
     engine = engine_of(module)
-    cast = {id(t.module): t for t in engine.transforms.values() if t.casts} if engine is not None else {}
-    leaves = by_leaf(module)
-    decoded = 0
-    if compute is not None:
-        for group in leaves:
-            if any(id(s.module) in cast for s in group.slots):
-                decoded = max(decoded, sum(s.tensor.numel() * compute.itemsize for s in group.slots))
+    restored = engine.originals if engine is not None and uncast else {}
+    bound = mappings is not None and (storage is not None or _bound(leaves, mappings, restored))
+    left_out = None if bound else left_out  # what can't leave memory costs as much left out
+    sizes = Sizes(needs.touched if not needs.failure else None, device, forms)
     work = needs.work(steps)
-    stored = next((str(s).removeprefix("torch.") for t in cast.values() for s, _ in t.casts.values()), STORED)
-    used = needs.touched if not needs.failure else None
-    return Part(
+    part = Part(
         name,
-        _pieces(by_block(module), used, device),
-        _pieces(leaves, used, device),
+        sizes.pieces(blocks, left_out),
+        sizes.pieces(leaves, left_out),
         needs.activations,
         needs.workspaces + (rounding(kernels) if device.type == "cpu" else 0),
         work.flops,
         work.moved,
         max(work.calls, 1),
-        stored,
-        str(compute).removeprefix("torch.") if compute is not None else None,
-        decoded,
-        mappings is not None and _bound(leaves, mappings),
+        *_form(forms),
+        max((sizes.decoded(group) for group in leaves), default=0),
+        bound,
     )
+    if storage is not None:  # every use reads what is stored, and writes and reads what is computed with
+        part = replace(part, moved=part.moved + part.passes * sum(sizes.unpacking(group) for group in leaves))
+    if left_out is None:
+        return part
+    hoisted = sum(p.nbytes for p in sizes.pieces(leaves)) - sum(p.nbytes for p in part.leaves)
+    held = part.activations + left_out.table
+    return replace(part, activations=held, hoisted=hoisted, foreseen=FORESEEING * len(leaves))
 
 
-def _pieces(groups: Sequence[Group], used: dict[str, int] | None, device: torch.device) -> tuple[Piece, ...]:
-    """The units of ``groups``; a weight that several share is counted with the first."""
-    seen: set[int] = set()
-    pieces = []
-    for group, is_outer in zip(groups, outer(groups), strict=True):
-        total = cost = 0
+Forms = Mapping[tuple[int, str], tuple[torch.dtype, torch.dtype]]  # (module, name) -> dtype at rest, dtype of computing
+
+
+def _forms(module: nn.Module, storage: torch.dtype | None, uncast: bool) -> Forms:
+    """The weights that rest in another dtype than now, or than they are computed with."""
+    engine = engine_of(module)
+    transforms = engine.transforms.values() if engine is not None else ()
+    forms = {(id(t.module), name): dtypes for t in transforms for name, dtypes in t.casts.items()}
+    if uncast:
+        forms = {key: (compute, compute) for key, (_, compute) in forms.items()}
+    if storage is None:
+        return forms
+    for layer in layers_to_cast(module, usual_patterns(module)):
+        for slot in own_slots(layer, ""):
+            _, compute = forms.get((id(layer), slot.name), (None, slot.tensor.dtype))
+            if compute.is_floating_point and compute.itemsize > storage.itemsize:
+                forms[id(layer), slot.name] = (storage, compute)
+    return forms
+
+
+def _form(forms: Forms) -> tuple[str, str | None]:
+    """How a row says it."""
+    for stored, compute in (dtypes for dtypes in forms.values() if dtypes[0] != dtypes[1]):
+        return str(stored).removeprefix("torch."), str(compute).removeprefix("torch.")
+    return STORED, None
+
+
+class Sizes:
+    """Bytes of weights: at rest, on the compute device, decoded.
+
+    Args:
+        used: of weights, the bytes that are read of them; ``None`` if that is not known.
+        forms: of those that rest in a smaller dtype.
+    """
+
+    def __init__(self, used: dict[str, int] | None, device: torch.device, forms: Forms) -> None:
+        self.used, self.on_cpu, self.forms = used, device.type == "cpu", forms
+
+    def of(self, slot: Slot) -> int:
+        """Bytes at rest."""
+        form = self.forms.get((id(slot.module), slot.name))
+        return slot.tensor.numel() * form[0].itemsize if form is not None else slot.tensor.nbytes
+
+    def decoded(self, group: Group) -> int:
+        """Bytes of the weights of ``group`` that are decoded, as they are computed with."""
+        return sum(s.tensor.numel() * f[1].itemsize for s, f in self._decoded(group))
+
+    def unpacking(self, group: Group) -> int:
+        """Bytes that are moved to decode ``group`` once."""
+        return sum(s.tensor.numel() * (f[0].itemsize + 2 * f[1].itemsize) for s, f in self._decoded(group))
+
+    def _decoded(self, group: Group) -> Iterator[tuple[Slot, tuple[torch.dtype, torch.dtype]]]:
         for slot in group.slots:
-            size = slot.tensor.nbytes
-            reads = used.get(slot.path, 0) if used is not None else size
-            fresh = id(slot.tensor) not in seen
-            seen.add(id(slot.tensor))
-            total += size * fresh
-            cost += reads if device.type == "cpu" else size * fresh * bool(reads)
-        pieces.append(Piece(group.name, total, min(cost, total), is_outer))
-    return tuple(pieces)
+            form = self.forms.get((id(slot.module), slot.name))
+            if form is not None and form[0] != form[1]:
+                yield slot, form
+
+    def pieces(self, groups: Sequence[Group], left_out: Hoistable | None = None) -> tuple[Piece, ...]:
+        """The units of ``groups``; a weight that several share is counted with the first."""
+        gone = tuple(f"{path}." for path in left_out.modules) if left_out is not None else ()
+        seen: set[int] = set()
+        pieces = []
+        for group, is_outer in zip(groups, outer(groups), strict=True):
+            total = cost = 0
+            for slot in group.slots:
+                if slot.path.startswith(gone) and gone:
+                    continue
+                size = self.of(slot)
+                reads = min(self.used.get(slot.path, 0), size) if self.used is not None else size
+                fresh = id(slot.tensor) not in seen
+                seen.add(id(slot.tensor))
+                total += size * fresh
+                form = self.forms.get((id(slot.module), slot.name))
+                in_place = self.on_cpu and (form is None or form[0] == form[1])
+                cost += reads if in_place else size * fresh * (bool(reads) or self.on_cpu)
+            pieces.append(Piece(group.name, total, min(cost, total), is_outer))
+        return tuple(pieces)
 
 
-def _bound(groups: Sequence[Group], mappings: Mappings) -> bool:
-    """Whether weights of any size are views of no file."""
-    tensors = {id(s.tensor): s.tensor for g in groups for s in g.slots}
-    loose = sum(t.nbytes for t in tensors.values() if not t.is_meta and mappings.span(t) is None)
-    return loose > max(sum(t.nbytes for t in tensors.values()) // 100, 1 << 20)  # small buffers may stay
+def _bound(groups: Sequence[Group], mappings: Mappings, restored: Collection[tuple[nn.Module, str]] = ()) -> bool:
+    """Whether weights of any size are views of no file, and not ``restored`` to such either."""
+    slots = {id(s.tensor): s for g in groups for s in g.slots if not s.tensor.is_meta}.values()
+    loose = [s for s in slots if mappings.span(s.tensor) is None and (s.module, s.name) not in restored]
+    total = sum(s.tensor.nbytes for s in slots)
+    return sum(s.tensor.nbytes for s in loose) > max(total // 100, 1 << 20)  # small buffers may stay

@@ -33,7 +33,9 @@ class HoistingSwitches:
 
     def _hoister(self) -> Callable[[Callable[[], Any]], Any] | None:
         """What the loop is shown to before it begins; ``None`` if nobody wants to know."""
+        rehearsing: list[Any] | None = self.__dict__.get("_rehearsing")
+        if rehearsing is not None:
+            return rehearsing.append
         plan = self.__dict__.get("_plan")
         wanted = self.__dict__.get("_hoists", False) or (plan is not None and plan.switches.get("hoist", False))
-        rehearsing = self.__dict__.get("_rehearsing", False)
-        return partial(hoisting.foresee, self._networks()) if wanted and not rehearsing else None
+        return partial(hoisting.foresee, self._networks()) if wanted else None

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import log
 from ..core.errors import BudgetError, PlanConflict
-from . import homes, machine, pages, planner, policies
+from . import casting, homes, machine, pages, planner, policies, workspaces
 from .engine import Unit, engine_for
-from .forecast import Part, Speed, part_of
-from .plan import Plan, parse_size, size_text
+from .expectation import asked
+from .pipeline_choices import QUALITIES, Choices, switch
+from .plan import Plan, parse_size
 from .recorder import Recorder
-from .rehearsal import Rehearsed, rehearse
 from .report import MemoryReport
 from .rescue import Rescue
-from .sources import Mappings, give_back_pages
-from .units import by_block, by_leaf
+from .sources import Mappings, give_back_pages, set_apart
+from .units import Group, by_block, by_leaf
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="PlanSwitches")
-QUALITIES = ("exact", "near", "lossy")
 LOOSE = 1.5  # a budget this much above the peak needs no exact allocation
 
 
@@ -41,9 +39,25 @@ class PlanSwitches:
 
     def _unplan(self) -> None:
         """Another policy is set: no plan is in force any more."""
+        self._cast(None)
+        self._end_plan()
+
+    def _end_plan(self) -> None:
         before = self.__dict__.pop("_plan", None)
         if before is not None:
-            self._switch(before.switches, False)
+            switch(self.components, before.switches, False)
+
+    def _cast(self, plan: Plan | None) -> None:
+        """Let networks rest in the forms that ``plan`` gives them, those of the plan in force in theirs from before."""
+        before: Plan | None = self.__dict__.get("_plan")
+        old, new = (_cast_by(p) if p is not None else {} for p in (before, plan))
+        networks = self._networks()
+        for name in old.keys() - new.keys():
+            casting.uncast(networks[name])
+        for name, (storage, compute) in new.items():
+            if name not in old:
+                module = networks[name]
+                casting.apply_layerwise_casting(module, storage, compute, casting.usual_patterns(module))
 
     def plan(
         self,
@@ -65,7 +79,8 @@ class PlanSwitches:
         Args:
             memory: budget on the compute device, like ``"6GB"``; all that is free if not given.
             ram: budget in host memory; all that is available if not given.
-            quality: ``"exact"`` gives the bits of everything resident; ``"near"`` may decode in tiles.
+            quality: ``"exact"`` gives the bits of everything resident; ``"near"`` may decode in tiles and let weights
+                of single precision rest in bfloat16; ``"lossy"`` may let weights rest in eight bits.
             height, width, num_frames, batch_size, num_inference_steps: the call to plan for.
             device: where to compute; the accelerator, else the CPU.
             offload_folder: for weights that are views of no file, if they have to rest on disk.
@@ -81,29 +96,27 @@ class PlanSwitches:
         host = parse_size(ram, "ram") if ram is not None else machine.available_ram() * 9 // 10
         call = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
         call["num_inference_steps"] = num_inference_steps
+        choices = Choices(self, self._networks(), call, where, offload_folder)
         found: list[Plan] = []
-        least: dict[str, int] = {}
         refused: BudgetError | None = None
-        for switches in self._variants(quality, batch_size):
-            with self._switched(switches):
-                parts, needs, size = self._parts(call, where, offload_folder)
-            name = "near" if "vae_tiling" in switches else "exact"
-            least[name] = min(least.get(name, 1 << 62), planner.least(parts))
+        for switches, parts in choices.ways(quality):
+            speed = choices.speed(parts, budget)
             try:
-                made = planner.plan(parts, budget, host, str(where), self._speed(parts, where, budget), quality)
+                made = planner.plan(parts, budget, host, str(where), speed, quality)
             except BudgetError as error:
                 refused = refused or error
                 continue
-            if offload_folder:
-                switches = {**switches, "offload_folder": offload_folder}
             if where.type == "cpu" and made.peak * LOOSE > budget:
                 switches = {**switches, "exact_pages": True}
-            found.append(made.replace(switches=switches, notes=_notes(needs), call={**call, **size}))
+            notes, size = choices.notes, choices.size
+            found.append(made.replace(switches=switches, notes=notes, call={**call, **size}))
             if memory is None or not any(row.travels for row in made.rows):
-                break  # nothing is gained by giving up exactness
+                break  # nothing is gained by leaving weights out, smaller forms or tiles
         if not found:
-            raise BudgetError(f"{refused}{self._advice(call, where, least)}") from None
-        return min(found, key=lambda p: p.seconds * (1 if p.exact else 1.05))
+            raise BudgetError(f"{refused}{choices.advice()}") from None
+        best = min(found, key=lambda p: p.seconds * (1 if p.exact else 1.05))
+        self.__dict__["_kernels"] = (best.call, choices.kernels)
+        return best
 
     def apply(self: Self, plan: Plan) -> Self:
         """Carry out ``plan``, instead of whatever policy there was.
@@ -115,11 +128,12 @@ class PlanSwitches:
         unknown = sorted({row.component for row in plan.rows} - set(networks))
         if unknown:
             raise PlanConflict(f"the plan has rows for {unknown}; this pipeline's networks are {sorted(networks)}")
+        self._cast(plan)
         for name in networks:
             if plan.of(name):
                 _carry_out(name, networks[name], plan)
-        self._unplan()
-        self._switch(plan.switches, True)
+        self._end_plan()
+        switch(self.components, plan.switches, True)
         self.__dict__["_plan"] = plan
         return self
 
@@ -146,7 +160,7 @@ class PlanSwitches:
     def _as_planned(self, inputs: Mapping[str, Any]) -> Iterator[Recorder | None]:
         """A call under the plan in force: planned again if it is larger, measured, with exact allocation if need be."""
         plan: Plan | None = self.__dict__.get("_plan")
-        if plan is None or self.__dict__.get("_rehearsing"):
+        if plan is None or "_rehearsing" in self.__dict__:
             yield None
             return
         plan = self._follow(plan, inputs)
@@ -154,6 +168,9 @@ class PlanSwitches:
         with pages.exact() if plan.switches.get("exact_pages") else _nothing(), recorder.running():
             yield recorder
         self.__dict__["_memory_report"] = recorder.report()
+        call, kernels = self.__dict__.get("_kernels", (None, ()))
+        if call == plan.call:
+            workspaces.compiled(kernels)
 
     def _rescuer(self, recorder: Recorder | None) -> Rescue | None:
         """What makes leaner plans during a run under a plan."""
@@ -163,13 +180,13 @@ class PlanSwitches:
 
     def _follow(self, plan: Plan, inputs: Mapping[str, Any]) -> Plan:
         """``plan``, or another one within the same budget if the call is larger than it."""
-        asked = _asked(inputs)
+        wanted = asked(inputs)
         names = ("height", "width", "num_frames", "batch_size")
         planned = {n: plan.call.get(n) for n in names}
-        larger = [n for n in names if asked.get(n, 0) > (planned[n] or 0)]
+        larger = [n for n in names if wanted.get(n, 0) > (planned[n] or 0)]
         if not larger or not plan.call or plan.budget is None:
             return plan
-        wish = {n: asked.get(n) or planned[n] for n in names}
+        wish = {n: wanted.get(n) or planned[n] for n in names}
         steps, folder = plan.call["num_inference_steps"], plan.switches.get("offload_folder")
         device = plan.rows[0].device if plan.rows else None
         logger.warning("the call is larger than planned (%s); planning again", ", ".join(larger))
@@ -178,133 +195,17 @@ class PlanSwitches:
             num_inference_steps=steps, **wish,
         )  # fmt: skip
 
-    # -- what plans are made of ----------------------------------------------------------------------
-
-    def _variants(self, quality: str, batch: int = 1) -> list[dict[str, Any]]:
-        """Switches to try: none; where more than bits may change, a batch decoded in turn, and in tiles."""
-        if quality == "exact":
-            return [{}]
-        vae = self.components.get("vae")
-        slices = batch > 1 and hasattr(vae, "enable_slicing") and not getattr(vae, "use_slicing", False)
-        tiles = hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
-        found: list[dict[str, Any]] = [{}, {"vae_slicing": True}] if slices else [{}]
-        return found + [{**f, "vae_tiling": True} for f in found if tiles]
-
-    @contextmanager
-    def _switched(self, switches: Mapping[str, Any]) -> Iterator[None]:
-        self._switch(switches, True)
-        try:
-            yield
-        finally:
-            self._switch(switches, False)
-
-    def _switch(self, switches: Mapping[str, Any], on: bool) -> None:
-        for name in ("slicing", "tiling"):
-            if switches.get(f"vae_{name}"):
-                getattr(self.components["vae"], f"{'enable' if on else 'disable'}_{name}")()
-
-    def _parts(
-        self, call: Mapping[str, Any], device: torch.device, folder: str | None
-    ) -> tuple[list[Part], dict[str, Rehearsed], dict[str, int]]:
-        """The parts in the order that they run in; and the size of the call, where it was left open."""
-        networks = self._networks()
-        needs, size = self._rehearse(networks, call, device)
-        order = [*needs, *(n for n in networks if n not in needs)]
-        mappings = Mappings() if device.type == "cpu" and folder is None else None
-        steps = int(call["num_inference_steps"])
-        parts, kernels = [], set[Any]()
-        for name in order:
-            found = needs.get(name) or Rehearsed()
-            kernels |= found.kernels  # those of earlier stages stay
-            parts.append(part_of(name, networks[name], found, steps, device, mappings, len(kernels)))
-        return parts, needs, size
-
-    def _speed(self, parts: list[Part], device: torch.device, memory: int) -> Speed:
-        """Rates for the dtype of the largest network; weights come out of the system's cache if that can hold them."""
-        rates = machine.rates(device)
-        largest = max(self._networks().values(), key=lambda m: sum(p.nbytes for p in m.parameters()), default=None)
-        dtype = next((p.dtype for p in largest.parameters()), torch.float32) if largest is not None else torch.float32
-        if device.type != "cpu":
-            stream = rates.host_to_device
-        else:
-            cached = sum(p.nbytes for p in parts) < machine.available_ram() - memory
-            stream = rates.host_to_device if cached else rates.disk
-        return Speed.of(rates, str(dtype).removeprefix("torch."), stream)
-
-    def _rehearse(
-        self, networks: Mapping[str, nn.Module], call: Mapping[str, Any], device: torch.device
-    ) -> tuple[dict[str, Rehearsed], dict[str, int]]:
-        taken = inspect.signature(type(self).__call__).parameters
-        arguments = {k: v for k, v in call.items() if k in taken and v is not None}
-        if "num_inference_steps" in taken:
-            arguments["num_inference_steps"] = 3 if "strength" in taken else 2
-        if "prompt" in taken:
-            arguments["prompt"] = [""] * int(call["batch_size"])
-        arguments |= _pictures(taken, call)
-        config = dict(getattr(self, "_progress_bar_config", {}))
-        self.__dict__["_progress_bar_config"] = {"disable": True}
-        self.__dict__["_rehearsing"] = True
-        try:
-            out: list[Any] = []
-
-            def run() -> None:
-                out.append(self(**arguments, output_type="pt", return_dict=False)[0])  # type: ignore[operator]
-
-            needs = rehearse(networks, run, device, self.components.get("scheduler"))
-        finally:
-            self.__dict__["_progress_bar_config"] = config
-            del self.__dict__["_rehearsing"]
-        shape = tuple(getattr(out[0], "shape", ()))
-        return needs, {"height": shape[-2], "width": shape[-1]} if len(shape) >= 4 else {}
-
-    def _advice(self, call: Mapping[str, Any], device: torch.device, least: dict[str, int]) -> str:
-        """The least budget for the qualities that were not asked for, and for a smaller picture."""
-        if "near" not in least and self._variants("near")[1:]:
-            with self._switched({"vae_tiling": True}):
-                least["near"] = planner.least(self._parts(call, device, None)[0])
-        text = ""
-        if "near" in least and least["near"] < least.get("exact", 0):
-            text = f"; with quality='near' (tiling) it is {size_text(least['near'])}"
-        if call["height"] and call["width"]:
-            half = {**call, "height": call["height"] // 32 * 16, "width": call["width"] // 32 * 16}
-            try:
-                smaller = planner.least(self._parts(half, device, None)[0])
-            except ValueError:  # not a size that this family has
-                return text
-            text += f"; at {half['width']}x{half['height']} pixels it is {size_text(smaller)}"
-        return text
-
 
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
 
 
-def _notes(needs: Mapping[str, Rehearsed]) -> tuple[str, ...]:
-    return tuple(
-        f"{n}: not rehearsed ({r.failure}); its activations are a guess" for n, r in needs.items() if r.failure
-    )
-
-
-def _pictures(taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
-    """Blank pictures for the tasks that start from one."""
-    from PIL import Image
-
-    size = (int(call["width"] or 512), int(call["height"] or 512))
-    names = [n for n in ("image", "mask_image", "control_image") if n in taken]
-    if "image" not in names and "control_image" not in names:
-        return {}
-    return {n: Image.new("L" if n == "mask_image" else "RGB", size) for n in names}
-
-
-def _asked(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """The size of a call, as far as its arguments say it."""
-    asked = {n: int(inputs[n]) for n in ("height", "width", "num_frames") if inputs.get(n) is not None}
-    prompt, embeds = inputs.get("prompt"), inputs.get("prompt_embeds")
-    batch = len(prompt) if isinstance(prompt, (list, tuple)) else 1
-    batch = int(embeds.shape[0]) if embeds is not None else batch
-    asked["batch_size"] = int(inputs.get("batch_size") or batch) * int(inputs.get("num_images_per_prompt") or 1)
-    return asked
+def _cast_by(plan: Plan) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """The components that ``plan`` itself brings into another form: dtypes at rest, and of computing."""
+    storage = plan.switches.get("storage_dtype")
+    cast = {row.component: row.compute_dtype for row in plan.rows if storage and row.form == storage}
+    return {name: (getattr(torch, str(storage)), getattr(torch, str(compute))) for name, compute in cast.items()}
 
 
 def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
@@ -324,10 +225,8 @@ def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
             homes.to_device([s for g in part for s in g.slots], device)
         elif home != "disk" or folder is not None:  # what small buffers hold that are in no file stays in memory
             files += policies.go_home(engine, part, home, folder)
-        if home == "disk":  # pages that an earlier plan brought in
-            mappings = Mappings()
-            tensors = {id(s.tensor): s.tensor for g in part for s in g.slots}.values()
-            give_back_pages([t for t in tensors if mappings.span(t) is not None])
+        if home == "disk":
+            _clear_pages([g for g in part if rows[g.name].keep], [g for g in part if not rows[g.name].keep])
     units = [Unit(rows[g.name], list(g.slots), list(g.triggers), device) for g in groups]
     if not any(row.travels for row in rows.values()) and device.type == "cpu":
         units = []
@@ -335,3 +234,16 @@ def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
     engine.set_units(units, {"kind": "plan"})
     engine.replace_files(files)
     engine.close_if_idle()
+
+
+def _clear_pages(kept: Sequence[Group], streamed: Sequence[Group]) -> None:
+    """Pages of mapped files that an earlier plan brought in go; what is computed with in place is set apart."""
+    mappings = Mappings()
+
+    def mapped(groups: Sequence[Group]) -> list[Tensor]:
+        tensors = {id(s.tensor): s.tensor for g in groups for s in g.slots}.values()
+        return [t for t in tensors if mappings.span(t) is not None]
+
+    inside, outside = mapped(kept), mapped(streamed)
+    give_back_pages([*inside, *outside])
+    set_apart(inside, outside)

@@ -74,11 +74,11 @@ def staying(part: Part, speed: Speed) -> Option:
 
 def _sets(parts: Sequence[Part]) -> Iterator[tuple[bool, ...]]:
     if len(parts) <= MANY:
-        free = [(True,) if p.bound else (False, True) for p in parts]
+        free = [(True,) if p.bound else (False,) if p.hoisted else (False, True) for p in parts]
         yield from itertools.product(*free)
         return
-    order = sorted(range(len(parts)), key=lambda i: (not parts[i].bound, parts[i].cost))
-    for count in range(sum(p.bound for p in parts), len(parts) + 1):
+    order = sorted(range(len(parts)), key=lambda i: (not parts[i].bound, bool(parts[i].hoisted), parts[i].cost))
+    for count in range(sum(p.bound for p in parts), len(parts) + 1 - sum(p.hoisted > 0 for p in parts)):
         inside = set(order[:count])
         yield tuple(i in inside for i in range(len(parts)))
 

@@ -109,14 +109,17 @@ class Mappings:
             lines = Path("/proc/self/maps").read_text().splitlines()
         except OSError:  # not Linux: nothing is known to be mapped
             return
-        for line in lines:
+        for line in lines:  # in the order of addresses
             fields = line.split(None, 5)
             if len(fields) < 6 or not fields[5].startswith("/") or fields[5].startswith("/dev/"):
                 continue
-            start, _, end = fields[0].partition("-")
-            inode, path = int(fields[4]), fields[5].replace("\\012", "\n")
-            self._areas.append((int(start, 16), int(end, 16), int(fields[2], 16), inode, path))
-        self._areas.sort()
+            start, end = (int(side, 16) for side in fields[0].split("-"))
+            offset, inode, path = int(fields[2], 16), int(fields[4]), fields[5].replace("\\012", "\n")
+            last = self._areas[-1] if self._areas else (0, 0, 0, 0, "")
+            if last[1] == start and last[2] + (start - last[0]) == offset and last[3:] == (inode, path):
+                start, offset = last[0], last[2]  # one mapping, of which a part was given an advice of its own
+                self._areas.pop()
+            self._areas.append((start, end, offset, inode, path))
         self._starts = [area[0] for area in self._areas]
 
     def span(self, tensor: Tensor) -> Span | None:
@@ -155,19 +158,31 @@ def changed_in_memory(tensor: Tensor) -> bool:
 def give_back_pages(tensors: Iterable[Tensor]) -> None:
     """Take the pages of ``tensors``, unchanged views of mapped files, out of this process; whoever reads them again
     gets them from the file (or from the system's cache of it)."""
+    _advise(tensors, "MADV_DONTNEED")
+
+
+def set_apart(inside: Iterable[Tensor], outside: Iterable[Tensor]) -> None:
+    """Let reading ``inside``, views of mapped files, bring in no pages of ``outside``: the system maps all of a piece of
+    up to two megabytes that its cache holds together, but not across areas with different advice."""
+    _advise(inside, "MADV_NORMAL")
+    _advise(outside, "MADV_RANDOM")
+
+
+def _advise(tensors: Iterable[Tensor], advice: str) -> None:
+    """Tell the system about the whole pages that ``tensors`` lie in."""
     areas: list[list[int]] = []
     for start, stop in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel()):
         if areas and start - areas[-1][1] <= 64:
             areas[-1][1] = max(stop, areas[-1][1])
         else:
             areas.append([start, stop])
-    if not hasattr(mmap, "MADV_DONTNEED"):
+    if not hasattr(mmap, advice):
         return
     libc = ctypes.CDLL(None)
     for start, stop in areas:
         first, last = -(-start // _PAGE) * _PAGE, stop // _PAGE * _PAGE
         if last > first:
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), getattr(mmap, advice))
 
 
 def present_bytes(tensor: Tensor) -> int:

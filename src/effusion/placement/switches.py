@@ -70,16 +70,13 @@ class MemorySwitches:
         """
         assert isinstance(self, nn.Module)
         if skip_modules_pattern is None:
-            patterns: list[str] = list(casting.DEFAULT_SKIP_MODULES_PATTERN)
+            patterns = casting.usual_patterns(self)
         else:
-            given = (skip_modules_pattern,) if isinstance(skip_modules_pattern, str) else skip_modules_pattern
-            patterns = list(given or ())
-        patterns += [*(self._keep_in_fp32_modules or ()), *(self._skip_layerwise_casting_patterns or ())]
+            given = (skip_modules_pattern,) if isinstance(skip_modules_pattern, str) else tuple(skip_modules_pattern)
+            patterns = tuple(dict.fromkeys([*given, *casting.own_patterns(self)]))
         compute = compute_dtype if compute_dtype is not None else self.dtype
         assert isinstance(compute, torch.dtype)
-        casting.apply_layerwise_casting(
-            self, storage_dtype, compute, tuple(dict.fromkeys(patterns)), skip_modules_classes, non_blocking
-        )
+        casting.apply_layerwise_casting(self, storage_dtype, compute, patterns, skip_modules_classes, non_blocking)
 
     def disable_layerwise_casting(self) -> None:
         """The weights as they were in their files where these are known, else what is stored, decoded."""

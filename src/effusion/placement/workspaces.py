@@ -7,6 +7,7 @@ figures were measured operator by operator (``benchmarks/forecast.py --operators
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -19,6 +20,19 @@ _SMALL = 20_480  # elements of one picture below which convolutions run without 
 
 
 KERNEL = 200 << 10  # bytes of code and tables that oneDNN keeps for every shape of convolution it has met
+
+
+_compiled: set[Any] = set()  # kernels of this process, of earlier runs
+
+
+def compiled(kernels: Iterable[Any]) -> None:
+    """A run has compiled ``kernels``, unless they were there before."""
+    _compiled.update(kernels)
+
+
+def fresh(kernels: set[Any]) -> set[Any]:
+    """Those of ``kernels`` that are still to be compiled."""
+    return kernels - _compiled
 
 
 def kernel(name: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

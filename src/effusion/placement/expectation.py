@@ -1,0 +1,154 @@
+"""What a call of a pipeline will need, found by rehearsing it: the parts that plans are made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core import log
+from . import hoisting
+from .forecast import Part, part_of
+from .hoisting import Hoistable
+from .rehearsal import Rehearsed, rehearse
+from .sources import Mappings
+from .workspaces import fresh
+
+logger = log.get_logger(__name__)
+
+
+@dataclass
+class Expectation:
+    """The networks of a pipeline, and what a call of one size needs of each.
+
+    Attributes:
+        networks: by name.
+        needs: of the networks that the call runs, in that order.
+        size: pixels of the result, where the call left them open.
+        steps: of the loop.
+        device: where it computes.
+        mappings: the mapped files of this process; ``None`` where weights that are views of none may move all the same.
+        uncast: casts that are there now will have been undone.
+        loop: makes the calls of the loop with latents that have no values; ``None`` if it was not met.
+    """
+
+    networks: Mapping[str, nn.Module]
+    needs: dict[str, Rehearsed]
+    size: dict[str, int]
+    steps: int
+    device: torch.device
+    mappings: Mappings | None = None
+    uncast: bool = False
+    loop: Callable[[], Any] | None = None
+    _found: dict[str, Hoistable] | None = field(default=None, repr=False)
+
+    def parts(self, hoisted: bool = False, storage: Mapping[str, torch.dtype] | None = None) -> list[Part]:
+        """The networks as the planner sees them, in the order that they run in.
+
+        Args:
+            hoisted: what can be hoisted is left out of the loop.
+            storage: the smaller dtypes that networks rest in, by name.
+        """
+        left_out = self.hoistable() if hoisted else {}
+        order = [*self.needs, *(n for n in self.networks if n not in self.needs)]
+        parts, kernels = [], set[Any]()
+        for name in order:
+            needs = self.needs.get(name) or Rehearsed()
+            kernels |= fresh(needs.kernels)  # those of earlier stages stay
+            out, dtype = left_out.get(name), (storage or {}).get(name)
+            more = (self.mappings, len(kernels), out, dtype, self.uncast)
+            parts.append(part_of(name, self.networks[name], needs, self.steps, self.device, *more))
+        return parts
+
+    def hoistable(self) -> dict[str, Hoistable]:
+        """What can be left out of the loop, for the networks of which anything can."""
+        if self._found is None:
+            self._found = dict(self._foreseen())
+        return self._found
+
+    def _foreseen(self) -> Mapping[str, Hoistable]:
+        if self.loop is None:
+            return {}
+        found = {}
+        try:
+            with torch.no_grad(), torch.random.fork_rng([]):
+                calls = hoisting.collect(self.networks, self.loop)
+            for name, made in calls.items():
+                known = hoisting.hoistable(self.networks[name], made, self.needs[name].passes(self.steps))
+                if known.weights:
+                    found[name] = known
+        except Exception as error:  # code of the loop that looks at latents: it is planned without
+            logger.info("the plan hoists nothing: %s: %s", type(error).__name__, error)
+        return found
+
+    @property
+    def kernels(self) -> frozenset[Any]:
+        """All that are compiled for the call on the CPU."""
+        return frozenset(kernel for needs in self.needs.values() for kernel in needs.kernels)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the forecast had to guess."""
+        failed = {n: r.failure for n, r in self.needs.items() if r.failure}
+        return tuple(f"{n}: not rehearsed ({why}); its activations are a guess" for n, why in failed.items())
+
+
+def expect(
+    pipe: Any,
+    networks: Mapping[str, nn.Module],
+    call: Mapping[str, Any],
+    device: torch.device,
+    mappings: Mappings | None = None,
+    uncast: bool = False,
+) -> Expectation:
+    """Rehearse ``call`` (``height``, ``width``, …, with ``None`` for what is left open) of ``pipe``."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    arguments = {k: v for k, v in call.items() if k in taken and v is not None}
+    if "num_inference_steps" in taken:
+        arguments["num_inference_steps"] = 3 if "strength" in taken else 2
+    if "prompt" in taken:
+        arguments["prompt"] = [""] * int(call["batch_size"])
+    arguments |= _pictures(taken, call)
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.__dict__["_progress_bar_config"] = {"disable": True}
+    loops: list[Callable[[], Any]] = []
+    pipe.__dict__["_rehearsing"] = loops
+    try:
+        out: list[Any] = []
+
+        def run() -> None:
+            out.append(pipe(**arguments, output_type="pt", return_dict=False)[0])
+
+        needs = rehearse(networks, run, device, pipe.components.get("scheduler"))
+    finally:
+        pipe.__dict__["_progress_bar_config"] = bar
+        del pipe.__dict__["_rehearsing"]
+    shape = tuple(getattr(out[0], "shape", ()))
+    size = {"height": shape[-2], "width": shape[-1]} if len(shape) >= 4 else {}
+    steps = int(call["num_inference_steps"])
+    return Expectation(networks, needs, size, steps, device, mappings, uncast, loops[0] if loops else None)
+
+
+def _pictures(taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Blank pictures for the tasks that start from one."""
+    from PIL import Image
+
+    size = (int(call["width"] or 512), int(call["height"] or 512))
+    names = [n for n in ("image", "mask_image", "control_image") if n in taken]
+    if "image" not in names and "control_image" not in names:
+        return {}
+    return {n: Image.new("L" if n == "mask_image" else "RGB", size) for n in names}
+
+
+def asked(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """The size of a call, as far as its arguments say it."""
+    found = {n: int(inputs[n]) for n in ("height", "width", "num_frames") if inputs.get(n) is not None}
+    prompt, embeds = inputs.get("prompt"), inputs.get("prompt_embeds")
+    batch = len(prompt) if isinstance(prompt, (list, tuple)) else 1
+    batch = int(embeds.shape[0]) if embeds is not None else batch
+    found["batch_size"] = int(inputs.get("batch_size") or batch) * int(inputs.get("num_images_per_prompt") or 1)
+    return found
