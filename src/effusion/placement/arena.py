@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGN = 64  # bytes; weights keep their address modulo this, as kernels may round differently with another one
+# Bytes. On the CPU weights keep their address modulo this: kernels may round differently with another one (modulo 64),
+# and whole sectors of files can be read into place past the system's cache.
+ALIGN = 512
 
 
 @dataclass
