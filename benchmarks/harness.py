@@ -96,11 +96,6 @@ def run_module(name: str, *arguments: str, inside: Path | None = None) -> dict[s
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def most_held() -> int:
-    """The most bytes that this process held, pages of mapped files included."""
-    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
-
-
 def drop_cache(files: Iterable[Path]) -> None:
     """Take ``files`` out of the system's file cache."""
     for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -100,7 +101,7 @@ class PlanSwitches:
         where = machine.default_device(device=device)
         budget = parse_size(memory) if memory is not None else machine.free_device_memory(where) * 9 // 10
         host = parse_size(ram, "ram") if ram is not None else machine.available_ram() * 9 // 10
-        batch_size = max(batch_size, _asked(inputs)["batch_size"])
+        batch_size = max(batch_size, asked(inputs)["batch_size"])
         wish = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
         wish["num_inference_steps"] = num_inference_steps
         call = {**inputs, **wish}

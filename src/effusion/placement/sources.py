@@ -144,15 +144,21 @@ class Mappings:
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._areas: list[tuple[int, int, int, int, str]] = []  # start, end, offset in file, inode, path
+        self._written: set[int] = set()  # starts of those of which pages were written to
         try:
-            lines = Path("/proc/self/maps").read_text().splitlines()
+            lines = Path("/proc/self/smaps").read_text().splitlines()
         except OSError:  # not Linux: nothing is known to be mapped
             return
+        start = 0
         for line in lines:  # in the order of addresses
+            if line.startswith(("Anonymous:", "Swap:")) and line.split()[1] != "0":
+                self._written.add(start)
             fields = line.split(None, 5)
+            if fields[0].endswith(":"):
+                continue
+            start, end = (int(n, 16) for n in fields[0].split("-"))
             if len(fields) < 6 or not fields[5].startswith("/") or fields[5].startswith("/dev/"):
                 continue
-            start, end = (int(side, 16) for side in fields[0].split("-"))
             offset, inode, path = int(fields[2], 16), int(fields[4]), fields[5].replace("\\012", "\n")
             last = self._areas[-1] if self._areas else (0, 0, 0, 0, "")
             if last[1] == start and last[2] + (start - last[0]) == offset and last[3:] == (inode, path):
@@ -170,7 +176,7 @@ class Mappings:
         if index < 0:
             return None
         start, end, offset, inode, path = self._areas[index]
-        if at + nbytes > end or path.endswith(" (deleted)") or changed_in_memory(tensor):
+        if at + nbytes > end or path.endswith(" (deleted)") or (start in self._written and changed_in_memory(tensor)):
             return None
         file = open_file(Path(path), inode)
         if file is None or offset + (at - start) + nbytes > file.stamp[2]:
