@@ -31,6 +31,7 @@ SIZE, STEPS, TOKENS = 256, 2, 512
 BLOCKS = (19, 38)  # published numbers, of two kinds
 FEW = (2, 4)  # those that are computed with in memory, to know how long computing takes
 HALF = torch.bfloat16
+ENCODERS: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 PEERS = {
     "peer-mapped": "peer, as loaded (mapped)",
     "peer-sequential": "peer, sequential offload",
@@ -67,8 +68,7 @@ def make(folder: Path) -> None:
         shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
     ).to(HALF)  # fmt: skip
     scheduler = effusion.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    effusion.FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **encoders).save_pretrained(folder)
+    effusion.FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **ENCODERS).save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def ours(folder: Path) -> dict[str, Any]:
 def peer(folder: Path, scratch: str, way: str) -> dict[str, Any]:
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=HALF)
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=HALF, **ENCODERS)
     pipe.set_progress_bar_config(disable=True)
     if way == "peer-sequential":
         pipe.enable_sequential_cpu_offload(device="cpu")

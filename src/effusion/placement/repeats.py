@@ -103,7 +103,7 @@ class _Twin:
         self.block, self.path, self.kind, self.known, self.counts = block, path, kind, known, counts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.block._call_impl
+        run: Any = self.block._call_impl
         try:
             key = (self.kind, _form([args, kwargs]))
         except Unlike:
