@@ -19,6 +19,8 @@ ALL = (
     "hoisting",
     "placement_memory",
     "placement_disk",
+    "planning",
+    "twelve_billion",
 )
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

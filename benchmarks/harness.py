@@ -7,6 +7,7 @@ slows both. The range behind it is the smallest and the largest of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +51,72 @@ def child(code: str, **values: Any) -> dict[str, Any]:
         raise RuntimeError(f"the benchmarked process failed:\n{run.stderr[-3000:]}")
     lines = [line.partition(" ")[2] for line in run.stdout.splitlines() if line.startswith("REPORT ")]
     return {"wall": wall, **(json.loads(lines[-1]) if lines else {})}
+
+
+class ChildFailed(RuntimeError):
+    """A benchmarked process was killed or failed; how."""
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """The folder of a memory control group of ``limit`` bytes (version 1 or 2); needs root.
+
+    Raises:
+        OSError: this machine does not give one.
+    """
+    root = Path("/sys/fs/cgroup")
+    v1 = (root / "memory").is_dir()
+    folder = (root / "memory" if v1 else root) / f"effusion-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def group_peak(folder: Path) -> int:
+    """The most bytes that a memory control group held, file cache included."""
+    name = "memory.max_usage_in_bytes"
+    return int((folder / (name if (folder / name).exists() else "memory.peak")).read_text())
+
+
+def run_module(name: str, *arguments: str, inside: Path | None = None) -> dict[str, Any]:
+    """What `python -m benchmarks.NAME --child …` prints as JSON in its last line; in a control group if one is given.
+
+    Raises:
+        ChildFailed: it failed or was killed.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--child", *arguments]
+    enter = (lambda: (inside / "cgroup.procs").write_text(str(os.getpid()))) if inside else None
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)  # type: ignore[arg-type]
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise ChildFailed(f"killed (signal {-done.returncode})" if done.returncode < 0 else f"failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def drop_cache(files: Iterable[Path]) -> None:
+    """Take ``files`` out of the system's file cache."""
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def read_cold(files: Sequence[Path]) -> float:
+    """Seconds to read ``files`` from the disk, one after the other; they are not in the file cache afterwards."""
+    drop_cache(files)
+    buffer = bytearray(16 << 20)
+    start = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    took = time.perf_counter() - start
+    drop_cache(files)
+    return took
 
 
 def alternate(repeat: int, **variants: Callable[[], Result]) -> dict[str, list[Result]]:

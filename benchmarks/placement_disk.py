@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from effusion.placement import apply_layerwise_casting
 
 from . import harness
 
+NAME = "placement_disk"
 SIZE, STEPS = 256, 2  # pixels, calls of which the faster one counts
 BASE = 700 << 20  # bytes beside the weights: torch itself, activations
 
@@ -50,61 +50,22 @@ def child(mode: str, folder: str) -> None:
     print(json.dumps({"seconds": min(times), "sum": total}))
 
 
-def group(limit: int) -> Path:
-    """A memory control group of ``limit`` bytes (version 1 or 2)."""
-    root = Path("/sys/fs/cgroup")
-    v1 = (root / "memory").is_dir()
-    folder = (root / "memory" if v1 else root) / f"effusion-{os.getpid()}"
-    folder.mkdir()
-    (folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
-    return folder
-
-
-def peak(folder: Path) -> int:
-    name = "memory.max_usage_in_bytes"
-    return int((folder / (name if (folder / name).exists() else "memory.peak")).read_text())
-
-
-def run(folder: Path, mode: str, inside: Path | None = None) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.placement_disk", "--child", mode, str(folder)]
-    enter = (lambda: (inside / "cgroup.procs").write_text(str(os.getpid()))) if inside else None
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)  # type: ignore[arg-type]
-    if done.returncode:
-        raise RuntimeError(f"the {mode} run ended with {done.returncode}")
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
-
-
-def read_cold(folder: Path) -> float:
-    """Seconds to read the weights from the disk; their pages are dropped from the file cache before and after."""
-    start = time.perf_counter()
-    for file in folder.glob("*.safetensors"):
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd), os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        while os.read(fd, 16 << 20):
-            pass
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-    return time.perf_counter() - start
-
-
 def measure(repeat: int) -> str:
     rows = []
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name)
         weights = make(folder)
         limit = weights // 4 + BASE
+        files = list(folder.glob("*.safetensors"))
         for _ in range(repeat):
-            resident = run(folder, "resident")
-            reading = read_cold(folder)
+            resident = harness.run_module(NAME, "resident", name)
+            reading = harness.read_cold(files)
             try:
-                inside = group(limit)
+                with harness.memory_group(limit) as group:
+                    streamed = harness.run_module(NAME, "streamed", name, inside=group)
+                    used = harness.group_peak(group)
             except OSError as error:
                 return f"Needs a memory control group of its own, which this machine does not give: {error.strerror}."
-            try:
-                streamed = run(folder, "streamed", inside)
-                used = peak(inside)
-            finally:
-                inside.rmdir()
             assert streamed["sum"] == resident["sum"], "streamed and resident differ"
             least = max(resident["seconds"], reading)
             times = [resident["seconds"], reading, streamed["seconds"]]
@@ -122,4 +83,4 @@ if __name__ == "__main__":
     if "--child" in sys.argv:
         child(*sys.argv[2:])
     else:
-        harness.main("placement_disk", "A UNet read from disk in a quarter of its memory", measure, repeat=3)
+        harness.main(NAME, "A UNet read from disk in a quarter of its memory", measure, repeat=3)

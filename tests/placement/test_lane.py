@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effusion.placement import engine, lane, policies
-from effusion.placement.arena import ALIGN, Arena, layout
-from effusion.placement.sources import Mappings, changed_in_memory, is_dense, write_offload_file
+from effusion.core.errors import CheckpointError
+from effusion.placement import engine, lane, machine, policies
+from effusion.placement.arena import ALIGN, Arena, host_pages, layout
+from effusion.placement.sources import Mappings, OpenFile, changed_in_memory, is_dense, write_offload_file
 
 from . import toys
 from .conftest import travel_always
@@ -296,4 +298,49 @@ def test_odd_tensors_travel_too(tmp_path: Path) -> None:
         assert torch.equal(module(x), resident)
     found = engine.engine_of(module)
     assert found is not None and len(found.units) == 1
+    policies.remove(module)
+
+
+# -- past the file cache ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 1, 511, 512, 4097])
+@pytest.mark.parametrize("nbytes", [1, 511, 700, 4096, 100_000])
+@pytest.mark.parametrize("shift", [0, 8])
+def test_reading_past_the_cache_gives_the_bytes_and_touches_no_others(
+    start: int, nbytes: int, shift: int, tmp_path: Path
+) -> None:
+    data = random.Random(0).randbytes(start + nbytes)  # to the very end of the file
+    (tmp_path / "file").write_bytes(data)
+    file = OpenFile(tmp_path / "file")
+    pages = memoryview(host_pages(nbytes + 8192)[0])
+    at = 1024 + start % ALIGN + shift  # with a shift no whole sector fits into place
+    file.read(pages[at : at + nbytes], start, once=True)
+    assert bytes(pages) == bytes(at) + data[start:] + bytes(len(pages) - at - nbytes)
+
+
+def test_a_file_that_ends_too_early_is_told_past_the_cache_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 5000)
+    target = memoryview(host_pages(8192)[0])
+    with pytest.raises(CheckpointError, match="ends at byte 5000"):
+        OpenFile(tmp_path / "file").read(target, 0, once=True)
+
+
+@pytest.mark.parametrize(("available", "past"), [(1 << 30, "none"), (0, "all"), (None, "some")])
+def test_only_what_the_cache_can_hold_goes_through_it(
+    available: int | None, past: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = toys.Fails(), torch.randn(2, 8)
+    with torch.no_grad():
+        resident = module(x)
+    policies.apply_group_offloading(module, "cpu", use_stream=True, offload_to_disk_path=tmp_path)
+    served = engine.engine_of(module)
+    assert served is not None
+    total = sum(unit.row.nbytes for unit in served.units)
+    monkeypatch.setattr(machine, "available_ram", lambda: total // 2 * 4 // 3 if available is None else available)
+    with torch.no_grad():
+        assert torch.equal(module(x), resident)
+    spans = [known[2] for unit in served.units for known in unit.known.values()]
+    once = {span.once for span in spans if span is not None}
+    assert once == {"none": {False}, "all": {True}, "some": {False, True}}[past]
     policies.remove(module)

@@ -21,13 +21,17 @@ _LARGE = 4 << 20  # bytes; below that nothing is to be gained
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """``torch.empty``; on the CPU of a Linux system a large tensor asks for huge pages."""
-    made = torch.empty(tuple(shape), dtype=dtype, device=device)
+    return in_huge_pages(torch.empty(tuple(shape), dtype=dtype, device=device))
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """``fresh``, whose memory was not written to yet, with huge pages asked for if it is large and on the CPU."""
     advise = _madvise()
-    if advise is not None and made.device.type == "cpu" and made.nbytes >= _LARGE:
-        start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (made.data_ptr() + made.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if advise is not None and fresh.device.type == "cpu" and fresh.nbytes >= _LARGE:
+        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (fresh.data_ptr() + fresh.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         advise(start, length, mmap.MADV_HUGEPAGE)  # a hint: what it answers makes no difference
-    return made
+    return fresh
 
 
 @functools.cache

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGN = 64  # bytes; weights keep their address modulo this, as kernels may round differently with another one
+from ..core.memory import in_huge_pages
+
+# Bytes. On the CPU weights keep their address modulo this: kernels may round differently with another one (modulo 64),
+# and whole sectors of files can be read into place past the system's cache.
+ALIGN = 512
 
 
 @dataclass
@@ -77,12 +81,12 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
     """``nbytes`` of plain bytes on ``device``, usable in and out of inference mode.
 
     On the CPU they are whole pages from the system: pages that were not written to cost nothing,
-    and all of them go back when the tensor is gone.
+    and all of them go back when the tensor is gone. Huge ones, if there are, take a disk half the time to fill.
     """
     with torch.inference_mode(False):
         if device.type != "cpu" or nbytes == 0:
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return host_pages(nbytes)[1]
+        return in_huge_pages(host_pages(nbytes)[1])
 
 
 def host_pages(nbytes: int) -> tuple[mmap.mmap, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import log
 from ..core.errors import BudgetError, PlanConflict
-from . import homes
+from . import homes, machine
 from . import lender as lending
 from .arena import layout, tensors_in
 from .lane import Cargo, Lane, lane_to, version
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .hoisting import Hoisting
 
 logger = log.get_logger(__name__)
+CACHE = 75  # percent of the memory that is available which the file cache may count on
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -333,12 +334,19 @@ class Engine:
         return spans
 
     def _locate(self) -> None:
-        """Find the slices of files behind everything that rests on disk; the system is asked once."""
+        """Find the slices of files behind everything that rests on disk; the system is asked once.
+
+        The system's file cache would hold the latest of what is streamed, which is needed last, and give up pages that
+        are kept for it. So only as much goes through the cache as can stay there until the next pass.
+        """
         mappings = Mappings()
+        room = machine.available_ram() * CACHE // 100 - sum(u.row.nbytes for u in self.units if u.maps)
         for unit in self.units:
             if unit.row.home == "disk" and not unit.put:
                 rests = self._travelling(unit)[1]
-                unit.known = {id(rest): (rest, version(rest), mappings.span(rest)) for rest in rests}
+                room -= 0 if unit.maps else unit.row.nbytes
+                once = room < 0 and not unit.maps
+                unit.known = {id(rest): (rest, version(rest), mappings.span(rest, once)) for rest in rests}
 
     def _fetch(self, unit: Unit, rests: list[Tensor], must: bool = True) -> Cargo | None:
         lane = lane_to(unit.device)

@@ -110,9 +110,10 @@ def expect(
     arguments = {k: v for k, v in call.items() if k in taken and v is not None}
     if "num_inference_steps" in taken:
         arguments["num_inference_steps"] = 3 if "strength" in taken else 2
-    if "prompt" in taken:
+    if "prompt" in taken and not {"prompt", "prompt_embeds"} & set(arguments):
         arguments["prompt"] = [""] * int(call["batch_size"])
-    arguments |= _pictures(taken, call)
+        arguments.pop("num_images_per_prompt", None)  # counted with the batch
+    arguments = {**_pictures(taken, call), **arguments}
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.__dict__["_progress_bar_config"] = {"disable": True}
     loops: list[Callable[[], Any]] = []

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,7 +155,7 @@ class Lane:
                     strays.append((tensors[index], rest.detach()))
         cargo = Cargo(rests, [version(r) for r in rests], tensors, room, nbytes)
         cargo.lost = weakref.finalize(cargo, self._lost.append, (room, nbytes))
-        self.transferred += nbytes
+        self.transferred += sum(r.nbytes for r in rests)
         at_once = nbytes < SMALL or not ahead or all(self._is_pinned(piece) for piece in pieces)
         try:
             self._dispatch(cargo, buffer, merge(pieces), strays, at_once)
@@ -203,7 +203,7 @@ class Lane:
             piece, a, b = job
             part = target[a - start : b - start]
             if isinstance(piece.source, Span):
-                piece.source.file.read(part, piece.source.offset + a - piece.start)
+                piece.source.file.read(part, piece.source.offset + a - piece.start, piece.source.once)
             else:
                 torch.frombuffer(part, dtype=torch.uint8).copy_(piece.source[a - piece.start : b - piece.start])
 
@@ -264,7 +264,7 @@ def merge(pieces: list[Piece]) -> list[Piece]:
             and last.start + last.nbytes == piece.start
             and last.source.offset + last.nbytes == piece.source.offset
         ):
-            span = Span(last.source.file, last.source.offset, last.nbytes + piece.nbytes)
+            span = replace(last.source, nbytes=last.nbytes + piece.nbytes)
             out[-1] = Piece(last.start, span.nbytes, span)
         elif piece.nbytes:
             out.append(piece)

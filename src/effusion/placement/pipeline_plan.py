@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -71,6 +72,7 @@ class PlanSwitches:
         num_inference_steps: int = 28,
         device: torch.device | str | None = None,
         offload_folder: str | None = None,
+        **inputs: Any,
     ) -> Plan:
         """The fastest way to run within ``memory``, with its predicted peak per stage. Nothing is moved yet.
 
@@ -84,18 +86,25 @@ class PlanSwitches:
             height, width, num_frames, batch_size, num_inference_steps: the call to plan for.
             device: where to compute; the accelerator, else the CPU.
             offload_folder: for weights that are views of no file, if they have to rest on disk.
+            inputs: what else the call will be given (``prompt_embeds``, ``image``, …), where that makes a difference.
 
         Raises:
             BudgetError: no plan fits; says the least that would, for each quality.
             ValueError: no size, an unknown quality or device.
+            TypeError: an input that the call does not take.
         """
+        taken = inspect.signature(type(self).__call__).parameters
+        if unknown := sorted(set(inputs) - set(taken)):
+            raise TypeError(f"neither `plan` nor a call of {type(self).__name__} takes {unknown}")
         if quality not in QUALITIES:
             raise ValueError(f"quality={quality!r}: it is one of {QUALITIES}")
         where = machine.default_device(device=device)
         budget = parse_size(memory) if memory is not None else machine.free_device_memory(where) * 9 // 10
         host = parse_size(ram, "ram") if ram is not None else machine.available_ram() * 9 // 10
-        call = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
-        call["num_inference_steps"] = num_inference_steps
+        batch_size = max(batch_size, asked(inputs)["batch_size"])
+        wish = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
+        wish["num_inference_steps"] = num_inference_steps
+        call = {**inputs, **wish}
         choices = Choices(self, self._networks(), call, where, offload_folder)
         found: list[Plan] = []
         refused: BudgetError | None = None
@@ -109,7 +118,7 @@ class PlanSwitches:
             if where.type == "cpu" and made.peak * LOOSE > budget:
                 switches = {**switches, "exact_pages": True}
             notes, size = choices.notes, choices.size
-            found.append(made.replace(switches=switches, notes=notes, call={**call, **size}))
+            found.append(made.replace(switches=switches, notes=notes, call={**wish, **size}))
             if memory is None or not any(row.travels for row in made.rows):
                 break  # nothing is gained by leaving weights out, smaller forms or tiles
         if not found:
@@ -192,7 +201,7 @@ class PlanSwitches:
         logger.warning("the call is larger than planned (%s); planning again", ", ".join(larger))
         return self.fit(
             plan.budget, ram=plan.ram, quality=plan.quality, device=device, offload_folder=folder,
-            num_inference_steps=steps, **wish,
+            num_inference_steps=steps, **wish, **{n: v for n, v in inputs.items() if isinstance(v, Tensor)},
         )  # fmt: skip
 
 

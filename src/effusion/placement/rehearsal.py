@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from ..core.errors import PlanConflict
 from .arena import tensors_in
 from .engine import engine_of
+from .repeats import rehearse_once
 from .units import all_slots
 from .workspaces import kernel, workspace
 
@@ -263,6 +264,7 @@ def _rehearsed_call(
             slot.store[slot.name] = fake if slot.is_buffer else nn.Parameter(fake, requires_grad=False)
         inputs = _convert([args, kwargs], lambda t: _fake(mode, t, device, t.dtype))
         with mode, Alive(weights, device.type == "cpu") as alive:
+            rehearse_once(module, alive)
             out = method(*inputs[0], **inputs[1])
         given = sum(t.nbytes for t in tensors_in(inputs))
         if alive.peak + alive.workspace + given > result.activations + result.workspaces:

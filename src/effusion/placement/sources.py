@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import struct
@@ -27,16 +28,17 @@ from torch import Tensor
 from ..core.errors import CheckpointError
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-_IOV_MAX = 512
+_SECTOR = 512  # bytes that disks are read in, past the system's cache
 
 
 @dataclass(frozen=True)
 class Span:
-    """``nbytes`` at ``offset`` of an open file."""
+    """``nbytes`` at ``offset`` of an open file; ``once``: read past the system's file cache."""
 
     file: OpenFile
     offset: int
     nbytes: int
+    once: bool = False
 
 
 class OpenFile:
@@ -48,8 +50,18 @@ class OpenFile:
         self.stamp = self._stamp()
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.close(self.fd)
+        for fd in (self.__dict__.get("fd"), self.__dict__.get("_direct")):
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+
+    @functools.cached_property
+    def _direct(self) -> int | None:
+        """The file opened once more, past the system's cache; ``None`` where there is no such thing."""
+        try:
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except (OSError, AttributeError):
+            return None
 
     def _stamp(self) -> tuple[int, int, int, int]:
         s = os.fstat(self.fd)
@@ -63,8 +75,14 @@ class OpenFile:
                 f"Load the model again (files may be replaced or removed at any time, but not written into)"
             )
 
-    def read(self, target: memoryview, offset: int) -> None:
-        """Fill ``target`` from ``offset``; :class:`CheckpointError` if the file ends before that."""
+    def read(self, target: memoryview, offset: int, once: bool = False) -> None:
+        """Fill ``target`` from ``offset``; :class:`CheckpointError` if the file ends before that.
+
+        Args:
+            once: past the system's file cache, where that can be done.
+        """
+        if once and self._past_cache(target, offset):
+            return
         done = 0
         while done < len(target):
             got = os.preadv(self.fd, [target[done:]], offset + done)
@@ -74,6 +92,27 @@ class OpenFile:
                     f"it was truncated while they are lent from it. Load the model again"
                 )
             done += got
+
+    def _past_cache(self, target: memoryview, offset: int) -> bool:
+        """Fill ``target`` straight from the disk; ``False`` where the file system, the address or the end of the file
+        forbids it. Sectors that stick out at both ends go through a small buffer."""
+        before, first = offset % _SECTOR, -offset % _SECTOR
+        last = first + (len(target) - first) // _SECTOR * _SECTOR
+        address = ctypes.addressof(ctypes.c_char.from_buffer(target)) if len(target) else 0
+        if self._direct is None or last <= first or (address + first) % _SECTOR:
+            return False
+        edges = memoryview(mmap.mmap(-1, 2 * _SECTOR))
+        parts = [target[first:last]]
+        parts = [edges[:_SECTOR], *parts] if first else parts
+        parts = [*parts, edges[_SECTOR:]] if last < len(target) else parts
+        try:
+            if os.preadv(self._direct, parts, offset - before) < before + len(target):
+                return False
+        except OSError:
+            return False
+        target[:first] = edges[before:_SECTOR] if first else b""
+        target[last:] = edges[_SECTOR : _SECTOR + len(target) - last]
+        return True
 
 
 _open_files: dict[tuple[int, int], OpenFile] = {}  # (device, inode) -> file; see `release_unused_files`
@@ -105,15 +144,21 @@ class Mappings:
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._areas: list[tuple[int, int, int, int, str]] = []  # start, end, offset in file, inode, path
+        self._written: set[int] = set()  # starts of those of which pages were written to
         try:
-            lines = Path("/proc/self/maps").read_text().splitlines()
+            lines = Path("/proc/self/smaps").read_text().splitlines()
         except OSError:  # not Linux: nothing is known to be mapped
             return
+        start = 0
         for line in lines:  # in the order of addresses
+            if line.startswith(("Anonymous:", "Swap:")) and line.split()[1] != "0":
+                self._written.add(start)
             fields = line.split(None, 5)
+            if fields[0].endswith(":"):
+                continue
+            start, end = (int(n, 16) for n in fields[0].split("-"))
             if len(fields) < 6 or not fields[5].startswith("/") or fields[5].startswith("/dev/"):
                 continue
-            start, end = (int(side, 16) for side in fields[0].split("-"))
             offset, inode, path = int(fields[2], 16), int(fields[4]), fields[5].replace("\\012", "\n")
             last = self._areas[-1] if self._areas else (0, 0, 0, 0, "")
             if last[1] == start and last[2] + (start - last[0]) == offset and last[3:] == (inode, path):
@@ -122,8 +167,8 @@ class Mappings:
             self._areas.append((start, end, offset, inode, path))
         self._starts = [area[0] for area in self._areas]
 
-    def span(self, tensor: Tensor) -> Span | None:
-        """The slice of a file that ``tensor`` is an unchanged view of, or ``None``."""
+    def span(self, tensor: Tensor, once: bool = False) -> Span | None:
+        """The slice of a file that ``tensor`` is an unchanged view of, or ``None``; ``once`` as in :class:`Span`."""
         if tensor.device.type != "cpu" or tensor.numel() == 0 or not is_dense(tensor):
             return None
         at, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
@@ -131,12 +176,12 @@ class Mappings:
         if index < 0:
             return None
         start, end, offset, inode, path = self._areas[index]
-        if at + nbytes > end or path.endswith(" (deleted)") or changed_in_memory(tensor):
+        if at + nbytes > end or path.endswith(" (deleted)") or (start in self._written and changed_in_memory(tensor)):
             return None
         file = open_file(Path(path), inode)
         if file is None or offset + (at - start) + nbytes > file.stamp[2]:
             return None
-        return Span(file, offset + (at - start), nbytes)
+        return Span(file, offset + (at - start), nbytes, once)
 
 
 def changed_in_memory(tensor: Tensor) -> bool:
