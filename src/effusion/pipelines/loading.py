@@ -113,17 +113,25 @@ def load_pipeline(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str
     cls = pipeline_class(cls, index, folder, options)
     _check_arguments(cls, kwargs, options)
     components, settings = _gather(cls, folder, index, kwargs, options)
-    pipe = cls(**_build(components), **settings)
+    pipe = assemble(cls, components, settings)
     pipe.register_to_config(_name_or_path=str(path))
     return _place(pipe, options)
 
 
-def _build(components: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what was prepared; first what can still fail, because transformers checks while it reads."""
+def assemble(cls: Any, components: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """The pipeline of class ``cls``; what is prepared and sure to fit gets its weights when somebody asks for it.
+
+    First what can still fail is read, because transformers checks while it reads. Classes of other people are given
+    whole networks: their constructors may look at weights.
+    """
+    own = cls.__module__.split(".")[0] == __name__.split(".")[0]
+    waiting = {n: c for n, c in components.items() if own and isinstance(c, Prepared) and c.sure}
     order = sorted(components, key=lambda name: not isinstance(components[name], Fallback))
-    return {
-        n: components[n].build() if isinstance(components[n], (Prepared, Fallback)) else components[n] for n in order
-    }
+    ready = {n: components[n] for n in order if n not in waiting}
+    built = {n: c.build() if isinstance(c, (Prepared, Fallback)) else c for n, c in ready.items()}
+    pipe = cls(**built, **{n: c.model for n, c in waiting.items()}, **settings)
+    pipe._hold_back(waiting)
+    return pipe
 
 
 def _refuse_single_file(path: str | os.PathLike[str], cls: Any) -> None:

@@ -69,7 +69,7 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     prepared = {n: _prepare(n, p, checkpoint, folder, options) for n, p in parts.items()}
     parameters = inspect.signature(cls.__init__).parameters
     given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
-    pipe = cls(**{**given, **loading._build(prepared)})
+    pipe = loading.assemble(cls, prepared, {n: v for n, v in given.items() if n not in prepared})
     return loading._place(pipe, options)
 
 

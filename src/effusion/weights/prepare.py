@@ -155,6 +155,13 @@ class Prepared(Generic[Model]):
         found.check(model_class.__name__, checkpoint.label, options.ignore_mismatched_sizes)
         return cls(model, checkpoint, found, options)
 
+    @property
+    def sure(self) -> bool:
+        """Whether :meth:`build` may wait: nothing can fail, is random, or goes where memory may be short."""
+        options, inside = self.options, assign.expected_tensors(self.model)
+        lacking = [n for n in assign.meta_tensors(self.model) if n not in inside]
+        return options.mapped and options.device is None and not (self.match.mismatched or lacking)
+
     def build(self) -> Model:
         """Give the network its weights; in ``eval`` mode."""
         keep = getattr(self.model, "_keep_in_fp32_modules", None) or ()
