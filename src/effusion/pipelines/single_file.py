@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..core import hub, log, registry
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
@@ -217,6 +219,11 @@ def save_single(pipe: Any, path: str | os.PathLike[str], **metadata: str) -> Non
     Raises:
         ValueError: a pipeline whose family has none.
     """
+    single_file.write_single(path, original_state(pipe), metadata)
+
+
+def original_state(pipe: Any) -> dict[str, Tensor]:
+    """The weights of a pipeline under the names of its family's original layout."""
     components = pipe.components
     transformer = type(components.get("transformer")).__name__
     if transformer in _WHOLE:
@@ -225,7 +232,7 @@ def save_single(pipe: Any, path: str | os.PathLike[str], **metadata: str) -> Non
         raise ValueError(f"{type(pipe).__name__} has no single-file layout that is known here; use `save_pretrained`")
     else:
         parts = (*_CLASSIC, *_TEXT[_text_kind(components)])
-    single_file.write_single(path, single_file.pipeline_state(components, parts), metadata)
+    return single_file.pipeline_state(components, parts)
 
 
 def _text_kind(components: Mapping[str, Any]) -> str:
