@@ -158,9 +158,9 @@ class Prepared(Generic[Model]):
     @property
     def sure(self) -> bool:
         """Whether :meth:`build` may wait: nothing can fail, is random, or goes where memory may be short."""
-        options, inside = self.options, assign.expected_tensors(self.model)
-        lacking = [n for n in assign.meta_tensors(self.model) if n not in inside]
-        return options.mapped and options.device is None and not (self.match.mismatched or lacking)
+        unsaved = (m._buffers[name] for m in self.model.modules() for name in m._non_persistent_buffers_set)
+        lacking = any(buffer is not None and buffer.is_meta for buffer in unsaved)
+        return self.options.mapped and self.options.device is None and not (self.match.mismatched or lacking)
 
     def build(self) -> Model:
         """Give the network its weights; in ``eval`` mode."""
