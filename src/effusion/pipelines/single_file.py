@@ -15,7 +15,7 @@ from ..core import hub, log, registry
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
 from ..models.auto_model import AutoModel
-from ..weights import recognise, single_file
+from ..weights import original_config, recognise, single_file
 from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import Prepared
 from ..weights.verdict import Part, Verdict
@@ -37,7 +37,17 @@ _HOMES = {
     "PixArt": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     "Qwen-Image": "Qwen/Qwen-Image",
 }
-_DEPRECATED = ("load_safety_checker", "scheduler_type", "num_in_channels", "extract_ema", "upcast_attention")
+_DEPRECATED = ("load_safety_checker", "num_in_channels", "extract_ema", "upcast_attention")
+# what `scheduler_type` may be
+_SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+}
 
 
 def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
@@ -48,14 +58,18 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
         kwargs: ``config``, a folder or repository to take configurations, scheduler and tokenizers from (else they
             are read off the tensors and our tables; tokenizers come from the family's home on the hub);
             ``quantization_config``, a ``GGUFQuantizationConfig``, keeps packed what the file has packed;
-            ``original_config`` is accepted; loading options as for ``from_pretrained``; components by name.
+            ``original_config`` (YAML of Stable Diffusion's first programs) replaces those of networks and scheduler;
+            ``scheduler_type`` and ``prediction_type`` change the scheduler; loading options as for
+            ``from_pretrained``; components by name.
 
     Raises:
         CheckpointError: the file is something else (says what), or lacks a component that nothing gives.
     """
-    for name in ("original_config", "original_config_file", *_DEPRECATED):
+    for name in _DEPRECATED:
         kwargs.pop(name, None)
-    home = kwargs.pop("config", None)
+    home, older = kwargs.pop("config", None), kwargs.pop("original_config_file", None)
+    original = kwargs.pop("original_config", older)
+    wish = _scheduler_wish(kwargs)
     options = _options(kwargs)
     checkpoint = single_file.open_source(source, **options.base.where)
     verdict = recognise.recognise(checkpoint)
@@ -63,12 +77,17 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
         raise CheckpointError(f"{checkpoint.label} is no pipeline; it is {verdict.describe()}")
     if cls.__name__ == "DiffusionPipeline":
         cls = registry.find_class("diffusers", verdict.pipeline)
+    if original is not None:
+        verdict = original_config.follow(verdict, original)
     _check_family(cls, verdict, checkpoint.label)
     loading._check_arguments(cls, kwargs, options)
     folder = _home(home, options) if home is not None else None
     parts = {n: p for n, p in verdict.parts.items() if n in component_names(cls) and n not in kwargs}
+    configs = folder if original is None else None
+    if "scheduler" in component_names(cls) and "scheduler" not in kwargs:
+        kwargs["scheduler"] = _scheduler(verdict, configs, wish)
     rest = _companions(cls, verdict, folder, options, {*parts, *kwargs})
-    prepared = {n: _prepare(n, p, checkpoint, folder, options) for n, p in parts.items()}
+    prepared = {n: _prepare(n, p, checkpoint, configs, options) for n, p in parts.items()}
     parameters = inspect.signature(cls.__init__).parameters
     given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
     pipe = loading.assemble(cls, prepared, {n: v for n, v in given.items() if n not in prepared})
@@ -126,14 +145,12 @@ def _prepare(
 def _companions(
     cls: Any, verdict: Verdict, folder: Path | None, options: loading.PipelineOptions, there: set[str]
 ) -> dict[str, Any]:
-    """What the file does not carry: scheduler and tokenizers, and ``None`` for optional components."""
+    """What the file does not carry: tokenizers, and ``None`` for optional components."""
     found: dict[str, Any] = {}
     for name in component_names(cls):
         if name in there:
             continue
-        if name == "scheduler":
-            found[name] = _scheduler(verdict, folder)
-        elif name.startswith("tokenizer") and name.replace("tokenizer", "text_encoder") in there:
+        if name.startswith("tokenizer") and name.replace("tokenizer", "text_encoder") in there:
             found[name] = _tokenizer(name, verdict, folder, options)
         elif name in cls._optional_components:
             found[name] = None
@@ -143,10 +160,20 @@ def _companions(
     return found
 
 
-def _scheduler(verdict: Verdict, folder: Path | None) -> Any:
+def _scheduler_wish(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``scheduler_type`` and ``prediction_type``, as older scripts pass them, as entries of a configuration."""
+    kind, prediction = kwargs.pop("scheduler_type", None), kwargs.pop("prediction_type", None)
+    if kind is not None and kind not in _SCHEDULERS:
+        raise ValueError(f"scheduler_type={kind!r}: allowed are {', '.join(_SCHEDULERS)}")
+    wish: dict[str, Any] = {"prediction_type": prediction} if prediction is not None else {}
+    return {**wish, "_class_name": _SCHEDULERS[kind], "timestep_spacing": "leading"} if kind is not None else wish
+
+
+def _scheduler(verdict: Verdict, folder: Path | None, wish: Mapping[str, Any]) -> Any:
     config = dict(verdict.settings["scheduler"])
     if folder is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
         config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config |= wish
     return registry.find_class("diffusers", config["_class_name"]).from_config(config)
 
 

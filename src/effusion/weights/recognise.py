@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.errors import CheckpointError
+from . import original_config
 from .checkpoint import Checkpoint
 from .layouts import known
 from .layouts.infer import Shapes
@@ -88,13 +89,15 @@ _MARKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def part_for(checkpoint: Checkpoint, class_name: str) -> Part:
-    """How to read a network of ``class_name`` out of ``checkpoint``.
+def part_for(checkpoint: Checkpoint, class_name: str, original: original_config.Source | None = None) -> Part:
+    """How to read a network of ``class_name`` out of ``checkpoint``, as the configuration ``original`` says.
 
     Raises:
         CheckpointError: there is none in it; says what the file is.
     """
     verdict = recognise(checkpoint)
+    if original is not None:
+        verdict = original_config.follow(verdict, original)
     for part in verdict.parts.values():
         if part.class_name == class_name:
             return part
