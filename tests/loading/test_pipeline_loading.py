@@ -129,8 +129,8 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("effusion.weights.prepare.Prepared.build", build)
-    monkeypatch.setattr("effusion.pipelines.foreign.ForeignPrepared.build", build)
-    monkeypatch.setattr("effusion.pipelines.foreign.Fallback.build", build)
+    monkeypatch.setattr("effusion.models.foreign.ForeignPrepared.build", build)
+    monkeypatch.setattr("effusion.models.foreign.Fallback.build", build)
 
 
 def truncate(folder: Path) -> None:
@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "index is a list": (lambda f: (f / INDEX).write_text("[]"), {}, CheckpointError, "JSON object"),
     "truncated": (truncate, {}, CheckpointError, "unet/diffusion_pytorch_model.safetensors.*truncated"),
     "misshaped": (misshape, {}, CheckpointError, "(?s)vae.*of another shape"),
-    "no config": (drop_config, {}, CheckpointError, "text_encoder has no config.json"),
+    "no config": (drop_config, {}, CheckpointError, "text_encoder has no file config.json"),
     "no component": (drop_component, {}, MissingFile, "component 'unet'"),
     "linked component": (link_component, {}, CheckpointError, "is a link"),
     "unknown pipeline": (index(_class_name="NoPipeline"), {}, CheckpointError, "NoPipeline"),

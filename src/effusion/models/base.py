@@ -21,7 +21,7 @@ from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
 from ..placement.switches import MemorySwitches
-from ..weights import recognise, saving, single_file
+from ..weights import original_config, recognise, saving, single_file
 from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared
 
@@ -150,9 +150,8 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             kwargs["dtype"] = packed.compute_dtype
             kwargs.pop("torch_dtype", None)
         options = replace(LoadOptions.take(kwargs), packed=packed is not None)
-        original = kwargs.pop("original_config", None)
-        checkpoint = single_file.open_source(source, **options.where)
-        prepared = cls._prepare_single(checkpoint, given, options, original, **kwargs)
+        changes = {**original_config.entries(kwargs.pop("original_config", None)).get(cls.__name__, {}), **kwargs}
+        prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **changes)
         return prepared.build()
 
     def _unpack_in_calls(self, codecs: Mapping[str, Any]) -> None:
@@ -165,15 +164,11 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         return self
 
     @classmethod
-    def _prepare_single(
-        cls, checkpoint: Checkpoint, given: Any, options: LoadOptions, original: Any = None, **changes: Any
-    ) -> Prepared[Any]:
+    def _prepare_single(cls, checkpoint: Checkpoint, given: Any, options: LoadOptions, **changes: Any) -> Prepared[Any]:
         """What :meth:`_prepare` does, for a file that holds this network in any layout."""
-        part = recognise.part_for(checkpoint, cls.__name__, original)
-        if original is not None:
-            config: Mapping[str, Any] = part.config
-        elif isinstance(given, Mapping):
-            config = given
+        part = recognise.part_for(checkpoint, cls.__name__)
+        if isinstance(given, Mapping):
+            config: Mapping[str, Any] = given
         elif given is not None:
             config = cls.load_config(given, **options.where)
         elif part.config:

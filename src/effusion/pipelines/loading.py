@@ -16,12 +16,12 @@ from torch import nn
 from ..core import hub, log, registry, remote
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
+from ..models.foreign import Fallback, native_class, prepare_foreign, without_code
 from ..placement.machine import check_device
 from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
 from . import downloading
 from .components import component_names
-from .foreign import Fallback, native_class, prepare_foreign
 
 logger = log.get_logger(__name__)
 INDEX = "model_index.json"
@@ -62,11 +62,11 @@ class PipelineOptions:
         return cls(base, dtypes, default, trust_remote_code=trusted, **own)
 
     def for_component(self, name: str, variant: str | None) -> LoadOptions:
-        """The options to load the component ``name`` of a local folder with."""
+        """The options to load the component ``name`` with, from a folder of its own."""
         dtype = self.dtypes.get(name, self.default_dtype)
         device = self.device_map if isinstance(self.device_map, (str, torch.device, int)) else None
         single = check_device(device) if device is not None and device not in _STRATEGIES else None
-        return replace(self.base, where={"subfolder": name}, dtype=dtype, variant=variant, device=single)
+        return replace(self.base, where={}, dtype=dtype, variant=variant, device=single)
 
 
 _STRATEGIES = ("balanced", "auto", "sequential", "balanced_low_0")
@@ -302,7 +302,7 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
         raise MissingFile(f"{folder}: {INDEX} lists the component {name!r}, but there is no folder of this name")
     hub.check_inside(root, folder)
     if hasattr(cls, "_prepare"):
-        return cls._prepare(folder, options)
+        return cls._prepare(root, options)
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return prepare_foreign(cls, root, options)
     return small_component(cls, root)
@@ -311,17 +311,10 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
 def small_component(cls: Any, root: Path) -> Any:
     """A scheduler, tokenizer or processor in the folder ``root``.
 
-    Those of transformers are told that they may not run code of their own: left to itself, that package asks
-    whoever sits at the terminal.
-
     Raises:
         CheckpointError: it can't be read.
     """
-    closed: dict[str, Any] = {}
-    if cls.__module__.split(".")[0] == "transformers":
-        if not any(base.__name__ == "PushToHubMixin" for base in cls.__mro__) and not cls.__name__.startswith("Auto"):
-            raise CheckpointError(f"{root}: {cls.__name__} of transformers can't be a component of a pipeline")
-        closed["trust_remote_code"] = False
+    closed = without_code(cls, str(root))
     for file in root.iterdir():
         hub.check_inside(file, root.parent)
     try:

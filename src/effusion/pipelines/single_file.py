@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from ..core import hub, log, registry
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
 from ..models.auto_model import AutoModel
+from ..models.foreign import native_class, prepare_from
 from ..weights import original_config, recognise, single_file
 from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import Prepared
 from ..weights.verdict import Part, Verdict
 from . import loading
 from .components import component_names
-from .foreign import native_class, prepare_from
 
 logger = log.get_logger(__name__)
 INDEX = loading.INDEX
@@ -58,7 +57,7 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
         kwargs: ``config``, a folder or repository to take configurations, scheduler and tokenizers from (else they
             are read off the tensors and our tables; tokenizers come from the family's home on the hub);
             ``quantization_config``, a ``GGUFQuantizationConfig``, keeps packed what the file has packed;
-            ``original_config`` (YAML of Stable Diffusion's first programs) replaces those of networks and scheduler;
+            ``original_config`` (YAML of Stable Diffusion's first programs) changes those of networks and scheduler;
             ``scheduler_type`` and ``prediction_type`` change the scheduler; loading options as for
             ``from_pretrained``; components by name.
 
@@ -68,8 +67,8 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     for name in _DEPRECATED:
         kwargs.pop(name, None)
     home, older = kwargs.pop("config", None), kwargs.pop("original_config_file", None)
-    original = kwargs.pop("original_config", older)
-    wish = _scheduler_wish(kwargs)
+    original = original_config.entries(kwargs.pop("original_config", older))
+    wish = {**original.pop(original_config.SCHEDULER), **_scheduler_wish(kwargs)}
     options = _options(kwargs)
     checkpoint = single_file.open_source(source, **options.base.where)
     verdict = recognise.recognise(checkpoint)
@@ -77,17 +76,15 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
         raise CheckpointError(f"{checkpoint.label} is no pipeline; it is {verdict.describe()}")
     if cls.__name__ == "DiffusionPipeline":
         cls = registry.find_class("diffusers", verdict.pipeline)
-    if original is not None:
-        verdict = original_config.follow(verdict, original)
     _check_family(cls, verdict, checkpoint.label)
     loading._check_arguments(cls, kwargs, options)
     folder = _home(home, options) if home is not None else None
     parts = {n: p for n, p in verdict.parts.items() if n in component_names(cls) and n not in kwargs}
-    configs = folder if original is None else None
     if "scheduler" in component_names(cls) and "scheduler" not in kwargs:
-        kwargs["scheduler"] = _scheduler(verdict, configs, wish)
+        kwargs["scheduler"] = _scheduler(verdict, folder, wish)
     rest = _companions(cls, verdict, folder, options, {*parts, *kwargs})
-    prepared = {n: _prepare(n, p, checkpoint, configs, options) for n, p in parts.items()}
+    changes = {n: original.get(p.class_name, {}) for n, p in parts.items()}
+    prepared = {n: _prepare(n, p, checkpoint, folder, options, changes[n]) for n, p in parts.items()}
     parameters = inspect.signature(cls.__init__).parameters
     given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
     pipe = loading.assemble(cls, prepared, {n: v for n, v in given.items() if n not in prepared})
@@ -128,17 +125,22 @@ def _home(home: Any, options: loading.PipelineOptions) -> Path:
 
 
 def _prepare(
-    name: str, part: Part, checkpoint: Checkpoint, folder: Path | None, options: loading.PipelineOptions
+    name: str,
+    part: Part,
+    checkpoint: Checkpoint,
+    folder: Path | None,
+    options: loading.PipelineOptions,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """One component of the file, checked against its configuration."""
     config: Any = dict(part.config)
     if folder is not None and (folder / name / "config.json").is_file():
         config = read_json(folder / name / "config.json")
-    own = replace(options.for_component(name, None), where={})
+    own = options.for_component(name, None)
     library_class = native_class(part.class_name, Path()) if part.library == "transformers" else None
     cls = library_class or registry.find_class(part.library, part.class_name)
     if hasattr(cls, "_prepare"):
-        return Prepared.of(cls, config, part.read(checkpoint), own, None, checkpoint.label)
+        return Prepared.of(cls, config, part.read(checkpoint), own, changes, checkpoint.label)
     return prepare_from(cls, config, part.read(checkpoint), own)
 
 
@@ -173,6 +175,8 @@ def _scheduler(verdict: Verdict, folder: Path | None, wish: Mapping[str, Any]) -
     config = dict(verdict.settings["scheduler"])
     if folder is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
         config = read_json(folder / "scheduler" / "scheduler_config.json")
+    elif "beta_start" in wish and config["_class_name"] == "PNDMScheduler":
+        config["_class_name"] = "DDIMScheduler"  # PNDM came later than the programs of an original configuration
     config |= wish
     return registry.find_class("diffusers", config["_class_name"]).from_config(config)
 

@@ -5,38 +5,33 @@ from __future__ import annotations
 import os
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CheckpointError
 from ..core.optional import require
-from .verdict import Verdict
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 _MOST, _SECONDS = 1 << 20, 30
-# (path below model.params, component, entry of its configuration)
+SCHEDULER, _VAE, _UNET, _CONTROLNET = "scheduler", "AutoencoderKL", "UNet2DConditionModel", "ControlNetModel"
+# (name below model.params, class, entry of its configuration)
 _NUMBERS = (
-    ("linear_start", "scheduler", "beta_start"),
-    ("linear_end", "scheduler", "beta_end"),
-    ("timesteps", "scheduler", "num_train_timesteps"),
-    ("scale_factor", "vae", "scaling_factor"),
+    ("linear_start", SCHEDULER, "beta_start"),
+    ("linear_end", SCHEDULER, "beta_end"),
+    ("timesteps", SCHEDULER, "num_train_timesteps"),
+    ("scale_factor", _VAE, "scaling_factor"),
 )
-_NETWORKS = (("unet_config", "unet"), ("network_config", "unet"), ("control_stage_config", "controlnet"))
+_NETWORKS = (("unet_config", _UNET), ("network_config", _UNET), ("control_stage_config", _CONTROLNET))
 
 
-def read(source: Source) -> Mapping[str, Any]:
-    """``model.params`` of a configuration: a YAML file, a link to one, or a dictionary.
-
-    Raises:
-        CheckpointError: it is not there, too large, or no such configuration.
-    """
+def _params(source: Source) -> Mapping[str, Any]:
+    """``model.params`` of a configuration: a YAML file, a link to one, or a dictionary."""
     value: Any = source
     if not isinstance(source, Mapping):
         yaml = require("yaml", "reading `original_config`")
         try:
             value = yaml.safe_load(_bytes(str(source)))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(f"original_config={str(source)!r} can't be read: {error}") from error
     for key in ("model", "params"):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -57,20 +52,25 @@ def _bytes(source: str) -> bytes:
     return data
 
 
-def told(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries of configurations by component."""
-    found: dict[str, dict[str, Any]] = {"scheduler": {}, "vae": {}, "unet": {}, "controlnet": {}}
-    for key, component, entry in _NUMBERS:
+def entries(source: Source | None) -> dict[str, dict[str, Any]]:
+    """Entries of our configurations by the class of the network, and under :data:`SCHEDULER`; none of ``None``.
+
+    Raises:
+        CheckpointError: ``source`` is not there, too large, or no such configuration.
+    """
+    found: dict[str, dict[str, Any]] = {SCHEDULER: {}, _VAE: {}, _UNET: {}, _CONTROLNET: {}}
+    params = _params(source) if source is not None else {}
+    for key, name, entry in _NUMBERS:
         if isinstance(params.get(key), (int, float)):
-            found[component][entry] = params[key]
+            found[name][entry] = params[key]
     if params.get("parameterization") in ("eps", "v"):
-        found["scheduler"]["prediction_type"] = {"eps": "epsilon", "v": "v_prediction"}[params["parameterization"]]
-    for key, component in _NETWORKS:
+        found[SCHEDULER]["prediction_type"] = {"eps": "epsilon", "v": "v_prediction"}[params["parameterization"]]
+    for key, name in _NETWORKS:
         section = params.get(key)
         inside = section.get("params") if isinstance(section, Mapping) else None
         heads = _heads(inside) if isinstance(inside, Mapping) else None
         if heads is not None:
-            found[component]["attention_head_dim"] = heads
+            found[name]["attention_head_dim"] = heads
     return found
 
 
@@ -81,16 +81,3 @@ def _heads(params: Mapping[str, Any]) -> int | list[int] | None:
         return [width * factor // size for factor in factors]
     heads = params.get("num_heads")
     return heads if isinstance(heads, int) and heads > 0 else None
-
-
-def follow(verdict: Verdict, source: Source) -> Verdict:
-    """``verdict`` with the configurations of its parts as the original one says."""
-    entries = told(read(source))
-    parts = {n: replace(p, config={**p.config, **entries.get(n, {})}) for n, p in verdict.parts.items()}
-    settings = dict(verdict.settings)
-    if "scheduler" in settings:
-        sampler = dict(settings["scheduler"])
-        if sampler["_class_name"] == "PNDMScheduler":  # came later; those programs sampled with DDIM
-            sampler["_class_name"] = "DDIMScheduler"
-        settings["scheduler"] = {**sampler, **entries["scheduler"]}
-    return replace(verdict, parts=parts, settings=settings)

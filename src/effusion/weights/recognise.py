@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..core.errors import CheckpointError
-from . import original_config
 from .checkpoint import Checkpoint
 from .layouts import known
 from .layouts.infer import Shapes
@@ -89,15 +88,13 @@ _MARKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def part_for(checkpoint: Checkpoint, class_name: str, original: original_config.Source | None = None) -> Part:
-    """How to read a network of ``class_name`` out of ``checkpoint``, as the configuration ``original`` says.
+def part_for(checkpoint: Checkpoint, class_name: str) -> Part:
+    """How to read a network of ``class_name`` out of ``checkpoint``.
 
     Raises:
         CheckpointError: there is none in it; says what the file is.
     """
     verdict = recognise(checkpoint)
-    if original is not None:
-        verdict = original_config.follow(verdict, original)
     for part in verdict.parts.values():
         if part.class_name == class_name:
             return part
