@@ -193,7 +193,8 @@ def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: Pi
 
 
 def custom_class(place: str, options: PipelineOptions) -> type:
-    """The pipeline class in ``place``: a Python file, a folder with ``pipeline.py``, or a repository with one.
+    """The pipeline class in ``place``: a Python file, a folder with ``pipeline.py``, a repository with one, or the
+    name of one in the community's collection.
 
     Raises:
         UntrustedCode: no ``trust_remote_code=True``.
@@ -204,13 +205,16 @@ def custom_class(place: str, options: PipelineOptions) -> type:
         return remote.load_class(remote.read_folder(path.parent), path.stem, None, options.trust_remote_code)
     if path.is_dir():
         return remote.load_class(remote.read_folder(path), "pipeline", None, options.trust_remote_code)
+    where = options.base.where
+    if place.isidentifier():
+        code = remote.read_community(place, options.trust_remote_code, options.custom_revision, **where)
+        return remote.load_class(code, place, None, options.trust_remote_code)
     if place.count("/") != 1:
         raise MissingFile(
-            f"custom_pipeline={place!r}: give a file, a folder with pipeline.py, or a repository `owner/name`; "
-            "pipelines of the community's collection are loaded from a copy of their file"
+            f"custom_pipeline={place!r}: give a file, a folder with pipeline.py, a repository `owner/name`, or the name "
+            "of a pipeline in the community's collection"
         )
-    where = {**options.base.where, "revision": options.custom_revision}
-    code = remote.read_repository(place, options.trust_remote_code, **where)
+    code = remote.read_repository(place, options.trust_remote_code, **{**where, "revision": options.custom_revision})
     return remote.load_class(code, "pipeline", None, options.trust_remote_code)
 
 
