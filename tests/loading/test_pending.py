@@ -68,6 +68,25 @@ def test_the_files_may_be_gone_by_then(folder: Path, tmp_path: Path) -> None:
     assert_same(pipe, whole)
 
 
+def test_moving_reads_straight_to_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[Any] = []
+    build = Prepared.build
+
+    def noted(self: Any) -> Any:
+        devices.append(self.options.device)
+        return build(self)
+
+    monkeypatch.setattr(Prepared, "build", noted)
+    pipe = effusion.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).to("meta")
+    assert devices
+    assert set(devices) == {torch.device("meta")}
+    assert all(p.is_meta and p.dtype == torch.float16 for p in pipe.unet.parameters())
+    devices.clear()
+    pipe = effusion.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).to(torch.float32)
+    assert set(devices) == {None}
+    assert pipe.unet.conv_in.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("how", ["copy", "deepcopy"])
 def test_copies_are_whole(folder: Path, how: str) -> None:
     pipe = effusion.DiffusionPipeline.from_pretrained(folder)

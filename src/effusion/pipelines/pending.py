@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
 
 from ..weights.prepare import Prepared
 
+Self = TypeVar("Self", bound="PendingComponents")
 _lock = threading.RLock()
 
 
@@ -41,6 +45,14 @@ class PendingComponents:
         with _lock:
             self.__dict__.get("_pending", {}).pop(name, None)
             object.__setattr__(self, name, value)
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Networks that wait go from their files straight to a device: the host never holds them whole."""
+        kwargs.pop("silence_dtype_warnings", None)
+        device, _, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        for prepared in self.__dict__.get("_pending", {}).values():
+            prepared.options = replace(prepared.options, device=device)
+        return super().to(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of."""
