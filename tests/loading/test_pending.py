@@ -55,6 +55,9 @@ def test_what_is_replaced_is_never_read(folder: Path, built: list[str]) -> None:
     assert pipe.config["vae"] == ("diffusers", "AutoencoderTiny")
     pipe.register_modules(unet=None)
     assert pipe.unet is None
+    assert "text_encoder" in dir(pipe)
+    del pipe.text_encoder
+    assert not hasattr(pipe, "text_encoder")
     assert not built
 
 

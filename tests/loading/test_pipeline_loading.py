@@ -40,6 +40,8 @@ def test_both_directions_with_the_peer(folder: Path, tmp_path: Path) -> None:
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     ours = effusion.DiffusionPipeline.from_pretrained(folder)
     assert type(ours) is effusion.StableDiffusionPipeline
+    assert repr(ours.scheduler) == repr(theirs.scheduler)
+    assert repr(ours) == repr(theirs)
     assert ours.safety_checker is None
     assert ours.config.requires_safety_checker is False
     assert_same(ours, theirs)

@@ -168,6 +168,10 @@ class ConfigMixin:
     def _get_compatibles(cls) -> list[type[ConfigMixin]]:
         return []
 
+    def __repr__(self) -> str:
+        """The class and its configuration; networks show their layers instead."""
+        return f"{type(self).__name__} {self.to_json_string()}"
+
     # -- writing ---------------------------------------------------------------------------------
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -46,6 +46,13 @@ class PendingComponents:
             self.__dict__.get("_pending", {}).pop(name, None)
             object.__setattr__(self, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if self.__dict__.get("_pending", {}).pop(name, None) is None:
+            object.__delattr__(self, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *self.__dict__.get("_pending", {})})
+
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """Networks that wait go from their files straight to a device: the host never holds them whole."""
         kwargs.pop("silence_dtype_warnings", None)
