@@ -94,7 +94,8 @@ def pipelines(folder: Path) -> dict[str, Any]:
         two = {"text_encoder_2": second, "tokenizer_2": parts["tokenizer"]}
         return {
             "SD 1.5": effusion.StableDiffusionPipeline(
-                **parts, unet=effusion.UNet2DConditionModel(**SD15), scheduler=effusion.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+                **parts, unet=effusion.UNet2DConditionModel(**SD15),
+                scheduler=effusion.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             ),
             "SDXL": effusion.StableDiffusionXLPipeline(
