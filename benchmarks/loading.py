@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +42,43 @@ report(loaded=loaded, used=used, peak=peak, all=status("VmHWM") - before, weight
 """
 
 
+SHOWN: tuple[tuple[str, str, Callable[[Sequence[float]], str]], ...] = (
+    ("wall", "loaded", harness.median),
+    ("wall, every weight read once", "used", harness.median),
+    ("peak of loading", "peak", harness.gib),
+    ("peak, every weight read once", "all", harness.gib),
+)
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 512,
+}
+
+
+def vocabulary(folder: Path) -> Path:
+    """The smallest files that make a CLIP tokenizer."""
+    words = {f"{c}{end}": i for i, (c, end) in enumerate((chr(97 + i % 26), "</w>") for i in range(26))}
+    words |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
 def make(folder: Path) -> None:
     """The components of SD 1.5 at full size, random weights, saved by the peer in both precisions."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    vocabulary = {f"{c}{end}": i for i, (c, end) in enumerate((chr(97 + i % 26), "</w>") for i in range(26))}
-    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    files = folder / "vocabulary"
-    files.mkdir()
-    (files / "vocab.json").write_text(json.dumps(vocabulary))
-    (files / "merges.txt").write_text("#version: 0.2\n")
+    files = vocabulary(folder / "vocabulary")
     text = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
     )
     pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            sample_size=512,
-        ),
+        vae=diffusers.AutoencoderKL(**VAE),
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77),
         unet=diffusers.UNet2DConditionModel(**SD15),
@@ -81,12 +96,7 @@ def rows_of(label: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]
     if {round(r["checksum"], 2) for r in ours} != {round(r["checksum"], 2) for r in peers}:
         raise RuntimeError(f"{label}: the two loaded different weights")
     answer = []
-    for what, key, show in (
-        ("wall", "loaded", harness.median),
-        ("wall, every weight read once", "used", harness.median),
-        ("peak of loading", "peak", harness.gib),
-        ("peak, every weight read once", "all", harness.gib),
-    ):
+    for what, key, show in SHOWN:
         a, b = [r[key] for r in ours], [r[key] for r in peers]
         answer.append([f"{label}: {what}", show(a), show(b), harness.ratio(a, b)])
     return answer

@@ -20,24 +20,6 @@ from effusion.core.errors import CheckpointError, MissingFile, UntrustedCode
 INDEX = "model_index.json"
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Stable Diffusion saved by the peer, with half-precision variants of its networks."""
-    folder = tmp_path_factory.mktemp("source")
-    pipe = diffusers.StableDiffusionPipeline(**tiny.stable_diffusion(folder / "t"), requires_safety_checker=False)
-    pipe.save_pretrained(folder / "sd")
-    pipe.to(torch.float16).save_pretrained(folder / "half")
-    for name in ("unet", "vae", "text_encoder"):
-        for path in (folder / "half" / name).glob("*.safetensors"):
-            shutil.copy(path, folder / "sd" / name / path.name.replace(".safetensors", ".fp16.safetensors"))
-    return folder / "sd"
-
-
-@pytest.fixture
-def folder(source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "sd"))
-
-
 def states(pipe: Any) -> dict[str, torch.Tensor]:
     networks = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     return {f"{n}.{k}": v for n, c in networks.items() for k, v in c.state_dict().items()}
@@ -58,6 +40,8 @@ def test_both_directions_with_the_peer(folder: Path, tmp_path: Path) -> None:
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     ours = effusion.DiffusionPipeline.from_pretrained(folder)
     assert type(ours) is effusion.StableDiffusionPipeline
+    assert repr(ours.scheduler) == repr(theirs.scheduler)
+    assert repr(ours) == repr(theirs)
     assert ours.safety_checker is None
     assert ours.config.requires_safety_checker is False
     assert_same(ours, theirs)
@@ -147,8 +131,8 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("effusion.weights.prepare.Prepared.build", build)
-    monkeypatch.setattr("effusion.pipelines.foreign.ForeignPrepared.build", build)
-    monkeypatch.setattr("effusion.pipelines.foreign.Fallback.build", build)
+    monkeypatch.setattr("effusion.models.foreign.ForeignPrepared.build", build)
+    monkeypatch.setattr("effusion.models.foreign.Fallback.build", build)
 
 
 def truncate(folder: Path) -> None:
@@ -183,7 +167,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "index is a list": (lambda f: (f / INDEX).write_text("[]"), {}, CheckpointError, "JSON object"),
     "truncated": (truncate, {}, CheckpointError, "unet/diffusion_pytorch_model.safetensors.*truncated"),
     "misshaped": (misshape, {}, CheckpointError, "(?s)vae.*of another shape"),
-    "no config": (drop_config, {}, CheckpointError, "text_encoder has no config.json"),
+    "no config": (drop_config, {}, CheckpointError, "text_encoder has no file config.json"),
     "no component": (drop_component, {}, MissingFile, "component 'unet'"),
     "linked component": (link_component, {}, CheckpointError, "is a link"),
     "unknown pipeline": (index(_class_name="NoPipeline"), {}, CheckpointError, "NoPipeline"),

@@ -163,5 +163,25 @@ def test_bad_code_and_bad_names(folder: Path, tmp_path: Path, canary: Path) -> N
     with pytest.raises(MissingFile, match=r"has no pipeline\.py"):
         load(folder, custom_pipeline=str(tmp_path / "sd" / "vae"), trust_remote_code=True)
     with pytest.raises(MissingFile, match="give a file"):
-        load(folder, custom_pipeline="lpw_stable_diffusion", trust_remote_code=True)
+        load(folder, custom_pipeline="lpw_stable_diffusion.py", trust_remote_code=True)
     assert not canary.exists()
+
+
+def test_a_pipeline_of_the_communitys_collection(hub: HubServer, folder: Path, canary: Path) -> None:
+    collection = f"datasets/{remote.COMMUNITY}"
+    code = CODE.format(canary=str(canary)).replace("from .helper import SIGN", "SIGN = {!r}")
+    files = {f"{v}/lpw.py": code.format(v).encode() for v in ("main", "v0.42.1")}
+    hub.add(collection, files)
+    load = effusion.DiffusionPipeline.from_pretrained
+    with pytest.raises(UntrustedCode, match="the custom pipeline 'lpw' is code of its own"):
+        load(folder, custom_pipeline="lpw")
+    assert not hub.requests
+    assert not canary.exists()
+    assert load(folder, custom_pipeline="lpw", trust_remote_code=True).sign == "v0.42.1"
+    assert canary.exists()
+    assert load(folder, custom_pipeline="lpw", custom_revision="main", trust_remote_code=True).sign == "main"
+    with pytest.raises(MissingFile, match=r"has no file v0\.42\.1/lpv\.py"):
+        load(folder, custom_pipeline="lpv", trust_remote_code=True)
+    for place in ("a/b/c", "lpw.py"):
+        with pytest.raises(MissingFile, match="give a file, a folder"):
+            load(folder, custom_pipeline=place, trust_remote_code=True)

@@ -30,11 +30,12 @@ TOP = ALLOWED["families"] | {"families", "pipelines", "training", "cli", "serve"
 ALLOWED["cli"] = ALLOWED["serve"] = ALLOWED["demo"] = TOP | {"effusion"}
 FACADES = {"utils"}  # re-exports for scripts: above everything, imported by nothing
 # the one face of networks: reaches weights and placement, in two files
-FACE = {"models.base", "models.loading"}
+FACE = {"models.base", "models.foreign"}
 # what a network file may import from its own room
 SHARED = ("models.base", "models.modeling_outputs")
-# networks that are made of another one's parts, or are its older name
+# networks that are made of another one's parts, or are its older name, and what finds out the class of any
 MADE_OF = {
+    "models.auto_model": ("models.foreign",),
     "models.controlnet": ("models.unet_2d_condition",),
     "models.controlnet_flux": ("models.transformer_flux",),
     "models.controlnet_sd3": ("models.transformer_sd3",),

@@ -148,7 +148,7 @@ class ConfigMixin:
         init = {k: v for k, v in {**public, **kwargs}.items() if k in own}
         unused = {k: v for k, v in kwargs.items() if k not in own}
         hidden = {k: v for k, v in public.items() if k not in init}
-        strange = sorted(set(hidden) - cls._names_of_origin(stored.get("_class_name"))) if hidden else []
+        strange = sorted(set(hidden) - cls._names_of_relatives()) if hidden else []
         if strange:
             logger.warning("%s: unknown configuration entries %s are kept but have no effect", cls.__name__, strange)
         return init, unused, hidden
@@ -160,17 +160,17 @@ class ConfigMixin:
         return {p.name for p in parameters if p.kind not in skip} - {"self"}
 
     @classmethod
-    def _names_of_origin(cls, class_name: Any) -> set[str]:
-        """Arguments of the compatible class that wrote a configuration, or of all; unknown to us, but no surprise."""
-        if class_name == cls.__name__ or not cls.has_compatibles:
-            return set()
-        compatibles = cls._get_compatibles()
-        origins = [c for c in compatibles if class_name in (None, c.__name__)]
-        return {name for origin in origins for name in origin._init_names()}
+    def _names_of_relatives(cls) -> set[str]:
+        """Arguments of the classes that this one's configuration can go on to: it carries theirs along."""
+        return {name for other in cls._get_compatibles() for name in other._init_names()}
 
     @classmethod
     def _get_compatibles(cls) -> list[type[ConfigMixin]]:
         return []
+
+    def __repr__(self) -> str:
+        """The class and its configuration; networks show their layers instead."""
+        return f"{type(self).__name__} {self.to_json_string()}"
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -84,6 +84,12 @@ def resolve_file(
     )
 
 
+def dataset_file(repo: str, filename: str, **where: Any) -> Path:
+    """The local path of ``filename`` in a data set on the hub; never that of a folder here which is called like it."""
+    inside = str(confine(filename, "the request"))
+    return _download(repo, inside, repo_type="dataset", **{k: v for k, v in where.items() if k != "subfolder"})
+
+
 def try_file(repo: str | os.PathLike[str], filename: str, **where: Any) -> Path | None:
     """:func:`resolve_file`, or ``None`` if the file is not there."""
     try:

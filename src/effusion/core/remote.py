@@ -21,9 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from . import hub
+from .config import FORMAT_VERSION
 from .errors import CheckpointError, MissingFile, UntrustedCode
 
 MAX_FILE, MAX_FILES = 4 << 20, 200
+COMMUNITY = "diffusers/community-pipelines-mirror"
 _ROOT = "effusion_foreign_"
 _THEIRS, _OURS = "diffusers", __name__.split(".")[0]
 
@@ -73,6 +75,19 @@ def read_repository(repo: str, trusted: bool, subfolder: str | None = None, **wh
     pattern = f"{subfolder}/*.py" if subfolder else "*.py"
     folder = hub.snapshot(repo, [pattern], literal=False, **where)
     return read_folder(folder / subfolder if subfolder else folder)
+
+
+def read_community(name: str, trusted: bool, version: str | None = None, **where: Any) -> Code:
+    """A pipeline of the community's collection, by name; fetched only with consent.
+
+    Args:
+        version: of the collection: ``"main"``, or a release such as ``"v0.42.1"`` (the one whose names we speak).
+    """
+    consent(f"the community pipeline {name}", trusted)
+    version = version or f"v{FORMAT_VERSION}"
+    where = {k: v for k, v in where.items() if k != "revision"}
+    path = hub.dataset_file(COMMUNITY, f"{version}/{name}.py", **where)
+    return Code(f"{COMMUNITY}/{version}", {name: path.read_bytes()})
 
 
 def load_class(code: Code, module: str, class_name: str | None, trusted: bool) -> type:

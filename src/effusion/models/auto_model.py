@@ -10,6 +10,7 @@ from typing import Any
 from ..core import hub, registry, remote
 from ..core.config import ConfigMixin, read_json
 from ..core.errors import CheckpointError, MissingFile
+from .foreign import load_foreign
 
 
 class AutoModel(ConfigMixin):
@@ -24,8 +25,8 @@ class AutoModel(ConfigMixin):
     def from_pretrained(cls, pretrained_model_or_path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
         """Load whatever network is there; takes the arguments of :meth:`ModelMixin.from_pretrained`.
 
-        If ``subfolder`` has a configuration without a class in it, or the folder is a pipeline's, the
-        class comes from ``model_index.json``.
+        If ``subfolder`` has no configuration, or one without a class in it, the class comes from the
+        ``model_index.json`` above it; so schedulers and tokenizers of a pipeline are found too.
 
         Raises:
             CheckpointError: no configuration, or one that names no class that we have.
@@ -37,6 +38,8 @@ class AutoModel(ConfigMixin):
         trusted = kwargs.pop("trust_remote_code", False) is True
         where, _ = hub.split_location(kwargs)
         found = _class_of(path, where, trusted)
+        if found.__module__.split(".")[0] == "transformers":
+            return load_foreign(found, path, **kwargs)
         return found.from_pretrained(path, **kwargs)
 
     @classmethod
@@ -50,11 +53,12 @@ class AutoModel(ConfigMixin):
         if source is None:
             raise ValueError("AutoModel.from_config needs a configuration, a folder or the name of a repository")
         trusted = kwargs.pop("trust_remote_code", False) is True
-        if isinstance(source, Mapping):
-            return class_from_config(source, "the configuration", trusted).from_config(source, **kwargs)
         where, rest = hub.split_location(kwargs)
-        config = read_json(hub.resolve_file(source, cls.config_name, **where))
-        found = class_from_config(config, str(source), trusted)
+        if isinstance(source, Mapping):
+            config, label = dict(source), "the configuration"
+        else:
+            config, label = read_json(hub.resolve_file(source, cls.config_name, **where)), str(source)
+        found = class_from_config(config, label, trusted)
         if registry.public_names().get(found.__name__, "").startswith("effusion."):
             return found.from_config(config, **rest)
         return found(found.config_class.from_dict(config))
@@ -62,14 +66,14 @@ class AutoModel(ConfigMixin):
 
 def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: bool) -> Any:
     config_file = hub.try_file(path, AutoModel.config_name, **where)
-    if config_file is None:
-        raise MissingFile(f"{Path(path) / (where.get('subfolder') or '')}: no {AutoModel.config_name} there")
-    config = read_json(config_file)
+    config = read_json(config_file) if config_file is not None else {}
     if "_class_name" not in config and where.get("subfolder"):
         index = hub.try_file(path, "model_index.json", **{**where, "subfolder": None})
         entry = read_json(index).get(str(where["subfolder"])) if index else None
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
             return registry.find_class(*entry)
+    if config_file is None:
+        raise MissingFile(f"{Path(path) / (where.get('subfolder') or '')}: no {AutoModel.config_name} there")
     commit = hub.commit_of(config_file)
     if "auto_map" in config and trusted and commit and not Path(path).exists():
         remote.read_repository(str(path), trusted, **{**where, "revision": commit})  # fetches the code beside it

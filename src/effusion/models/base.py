@@ -21,7 +21,7 @@ from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
 from ..placement.switches import MemorySwitches
-from ..weights import recognise, saving, single_file
+from ..weights import original_config, recognise, saving, single_file
 from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared
 
@@ -130,7 +130,8 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             pretrained_model_link_or_path_or_dict: a file, a link to one on the hub, or a dictionary of tensors.
             config: a folder, repository or dictionary with the configuration (``subfolder`` as usual); read off the
                 shapes of the tensors if not given.
-            original_config: accepted; everything in it that matters is told by the tensors.
+            original_config: a YAML file, a link to one, or a dictionary, as Stable Diffusion's first programs have them:
+                numbers of heads and scales are taken from it; the rest is told by the shapes.
             quantization_config: a ``GGUFQuantizationConfig``: what the file has packed (GGUF, or eight-bit floats with
                 scales) stays packed in memory, and is unpacked layer by layer into its ``compute_dtype``.
             kwargs: as for :meth:`from_pretrained`; anything else replaces an entry of the configuration.
@@ -138,7 +139,6 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
         Raises:
             CheckpointError: the file holds no such network (says what it is), or its weights do not fit.
         """
-        kwargs.pop("original_config", None)
         source = kwargs.pop("pretrained_model_link_or_path", pretrained_model_link_or_path_or_dict)
         given, device = kwargs.pop("config", None), kwargs.pop("device", None)
         if device is not None:
@@ -150,7 +150,8 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             kwargs["dtype"] = packed.compute_dtype
             kwargs.pop("torch_dtype", None)
         options = replace(LoadOptions.take(kwargs), packed=packed is not None)
-        prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **kwargs)
+        changes = {**original_config.entries(kwargs.pop("original_config", None)).get(cls.__name__, {}), **kwargs}
+        prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **changes)
         return prepared.build()
 
     def _unpack_in_calls(self, codecs: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -21,12 +21,13 @@ from ..placement.pipeline_switches import PipelineSwitches
 from . import loading, single_file
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
+from .pending import PendingComponents
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(PipelineSwitches, ConfigMixin):
+class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
     """Components (networks, tokenizers, a scheduler) and a way to run them.
 
     Load any pipeline with :meth:`from_pretrained`; the folder says which class it is.
@@ -52,10 +53,6 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
     _cross_attention_kwargs: Any = None
     _num_timesteps: int = 0
 
-    if TYPE_CHECKING:  # components are attributes
-
-        def __getattr__(self, name: str) -> Any: ...
-
     def __init__(self) -> None:
         super().__init__()
         self._blocks: engine.BlockList | None = None
@@ -74,12 +71,12 @@ class DiffusionPipeline(PipelineSwitches, ConfigMixin):
         """Make ``components`` attributes of the pipeline, listed in its configuration as [library, class]."""
         for name, component in components.items():
             self.register_to_config(**{name: component_entry(component)})
-            object.__setattr__(self, name, component)
+            super().__setattr__(name, component)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ and name in self.__dict__.get("_internal_dict", {}):
+        if self._has(name) and name in self.__dict__.get("_internal_dict", {}):
             self.register_to_config(**{name: component_entry(value)})
-        object.__setattr__(self, name, value)
+        super().__setattr__(name, value)
 
     @property
     def components(self) -> dict[str, Any]:

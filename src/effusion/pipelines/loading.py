@@ -16,12 +16,12 @@ from torch import nn
 from ..core import hub, log, registry, remote
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
+from ..models.foreign import Fallback, native_class, prepare_foreign, without_code
 from ..placement.machine import check_device
 from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
 from . import downloading
 from .components import component_names
-from .foreign import Fallback, native_class, prepare_foreign
 
 logger = log.get_logger(__name__)
 INDEX = "model_index.json"
@@ -62,11 +62,11 @@ class PipelineOptions:
         return cls(base, dtypes, default, trust_remote_code=trusted, **own)
 
     def for_component(self, name: str, variant: str | None) -> LoadOptions:
-        """The options to load the component ``name`` of a local folder with."""
+        """The options to load the component ``name`` with, from a folder of its own."""
         dtype = self.dtypes.get(name, self.default_dtype)
         device = self.device_map if isinstance(self.device_map, (str, torch.device, int)) else None
         single = check_device(device) if device is not None and device not in _STRATEGIES else None
-        return replace(self.base, where={"subfolder": name}, dtype=dtype, variant=variant, device=single)
+        return replace(self.base, where={}, dtype=dtype, variant=variant, device=single)
 
 
 _STRATEGIES = ("balanced", "auto", "sequential", "balanced_low_0")
@@ -113,17 +113,25 @@ def load_pipeline(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str
     cls = pipeline_class(cls, index, folder, options)
     _check_arguments(cls, kwargs, options)
     components, settings = _gather(cls, folder, index, kwargs, options)
-    pipe = cls(**_build(components), **settings)
+    pipe = assemble(cls, components, settings)
     pipe.register_to_config(_name_or_path=str(path))
     return _place(pipe, options)
 
 
-def _build(components: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what was prepared; first what can still fail, because transformers checks while it reads."""
+def assemble(cls: Any, components: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """The pipeline of class ``cls``; what is prepared and sure to fit gets its weights when somebody asks for it.
+
+    First what can still fail is read, because transformers checks while it reads. Classes of other people are given
+    whole networks: their constructors may look at weights.
+    """
+    own = cls.__module__.split(".")[0] == __name__.split(".")[0]
+    waiting = {n: c for n, c in components.items() if own and isinstance(c, Prepared) and c.sure}
     order = sorted(components, key=lambda name: not isinstance(components[name], Fallback))
-    return {
-        n: components[n].build() if isinstance(components[n], (Prepared, Fallback)) else components[n] for n in order
-    }
+    ready = {n: components[n] for n in order if n not in waiting}
+    built = {n: c.build() if isinstance(c, (Prepared, Fallback)) else c for n, c in ready.items()}
+    pipe = cls(**built, **{n: c.model for n, c in waiting.items()}, **settings)
+    pipe._hold_back(waiting)
+    return pipe
 
 
 def _refuse_single_file(path: str | os.PathLike[str], cls: Any) -> None:
@@ -185,7 +193,8 @@ def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: Pi
 
 
 def custom_class(place: str, options: PipelineOptions) -> type:
-    """The pipeline class in ``place``: a Python file, a folder with ``pipeline.py``, or a repository with one.
+    """The pipeline class in ``place``: a Python file, a folder with ``pipeline.py``, a repository with one, or the
+    name of one in the community's collection.
 
     Raises:
         UntrustedCode: no ``trust_remote_code=True``.
@@ -196,13 +205,16 @@ def custom_class(place: str, options: PipelineOptions) -> type:
         return remote.load_class(remote.read_folder(path.parent), path.stem, None, options.trust_remote_code)
     if path.is_dir():
         return remote.load_class(remote.read_folder(path), "pipeline", None, options.trust_remote_code)
+    where = options.base.where
+    if place.isidentifier():
+        code = remote.read_community(place, options.trust_remote_code, options.custom_revision, **where)
+        return remote.load_class(code, place, None, options.trust_remote_code)
     if place.count("/") != 1:
         raise MissingFile(
-            f"custom_pipeline={place!r}: give a file, a folder with pipeline.py, or a repository `owner/name`; "
-            "pipelines of the community's collection are loaded from a copy of their file"
+            f"custom_pipeline={place!r}: give a file, a folder with pipeline.py, a repository `owner/name`, or the name "
+            "of a pipeline in the community's collection"
         )
-    where = {**options.base.where, "revision": options.custom_revision}
-    code = remote.read_repository(place, options.trust_remote_code, **where)
+    code = remote.read_repository(place, options.trust_remote_code, **{**where, "revision": options.custom_revision})
     return remote.load_class(code, "pipeline", None, options.trust_remote_code)
 
 
@@ -294,7 +306,7 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
         raise MissingFile(f"{folder}: {INDEX} lists the component {name!r}, but there is no folder of this name")
     hub.check_inside(root, folder)
     if hasattr(cls, "_prepare"):
-        return cls._prepare(folder, options)
+        return cls._prepare(root, options)
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return prepare_foreign(cls, root, options)
     return small_component(cls, root)
@@ -303,17 +315,10 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
 def small_component(cls: Any, root: Path) -> Any:
     """A scheduler, tokenizer or processor in the folder ``root``.
 
-    Those of transformers are told that they may not run code of their own: left to itself, that package asks
-    whoever sits at the terminal.
-
     Raises:
         CheckpointError: it can't be read.
     """
-    closed: dict[str, Any] = {}
-    if cls.__module__.split(".")[0] == "transformers":
-        if not any(base.__name__ == "PushToHubMixin" for base in cls.__mro__) and not cls.__name__.startswith("Auto"):
-            raise CheckpointError(f"{root}: {cls.__name__} of transformers can't be a component of a pipeline")
-        closed["trust_remote_code"] = False
+    closed = without_code(cls, str(root))
     for file in root.iterdir():
         hub.check_inside(file, root.parent)
     try:

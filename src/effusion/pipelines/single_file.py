@@ -5,21 +5,22 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..core import hub, log, registry
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
 from ..models.auto_model import AutoModel
-from ..weights import recognise, single_file
+from ..models.foreign import native_class, prepare_from
+from ..weights import original_config, recognise, single_file
 from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import Prepared
 from ..weights.verdict import Part, Verdict
 from . import loading
 from .components import component_names
-from .foreign import native_class, prepare_from
 
 logger = log.get_logger(__name__)
 INDEX = loading.INDEX
@@ -35,7 +36,17 @@ _HOMES = {
     "PixArt": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     "Qwen-Image": "Qwen/Qwen-Image",
 }
-_DEPRECATED = ("load_safety_checker", "scheduler_type", "num_in_channels", "extract_ema", "upcast_attention")
+_DEPRECATED = ("load_safety_checker", "num_in_channels", "extract_ema", "upcast_attention")
+# what `scheduler_type` may be
+_SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+}
 
 
 def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
@@ -46,14 +57,18 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
         kwargs: ``config``, a folder or repository to take configurations, scheduler and tokenizers from (else they
             are read off the tensors and our tables; tokenizers come from the family's home on the hub);
             ``quantization_config``, a ``GGUFQuantizationConfig``, keeps packed what the file has packed;
-            ``original_config`` is accepted; loading options as for ``from_pretrained``; components by name.
+            ``original_config`` (YAML of Stable Diffusion's first programs) changes those of networks and scheduler;
+            ``scheduler_type`` and ``prediction_type`` change the scheduler; loading options as for
+            ``from_pretrained``; components by name.
 
     Raises:
         CheckpointError: the file is something else (says what), or lacks a component that nothing gives.
     """
-    for name in ("original_config", "original_config_file", *_DEPRECATED):
+    for name in _DEPRECATED:
         kwargs.pop(name, None)
-    home = kwargs.pop("config", None)
+    home, older = kwargs.pop("config", None), kwargs.pop("original_config_file", None)
+    original = original_config.entries(kwargs.pop("original_config", older))
+    wish = {**original.pop(original_config.SCHEDULER), **_scheduler_wish(kwargs)}
     options = _options(kwargs)
     checkpoint = single_file.open_source(source, **options.base.where)
     verdict = recognise.recognise(checkpoint)
@@ -65,11 +80,14 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     loading._check_arguments(cls, kwargs, options)
     folder = _home(home, options) if home is not None else None
     parts = {n: p for n, p in verdict.parts.items() if n in component_names(cls) and n not in kwargs}
+    if "scheduler" in component_names(cls) and "scheduler" not in kwargs:
+        kwargs["scheduler"] = _scheduler(verdict, folder, wish)
     rest = _companions(cls, verdict, folder, options, {*parts, *kwargs})
-    prepared = {n: _prepare(n, p, checkpoint, folder, options) for n, p in parts.items()}
+    changes = {n: original.get(p.class_name, {}) for n, p in parts.items()}
+    prepared = {n: _prepare(n, p, checkpoint, folder, options, changes[n]) for n, p in parts.items()}
     parameters = inspect.signature(cls.__init__).parameters
     given = {n: v for n, v in {**verdict.settings, **rest, **kwargs}.items() if n in parameters}
-    pipe = cls(**{**given, **loading._build(prepared)})
+    pipe = loading.assemble(cls, prepared, {n: v for n, v in given.items() if n not in prepared})
     return loading._place(pipe, options)
 
 
@@ -107,31 +125,34 @@ def _home(home: Any, options: loading.PipelineOptions) -> Path:
 
 
 def _prepare(
-    name: str, part: Part, checkpoint: Checkpoint, folder: Path | None, options: loading.PipelineOptions
+    name: str,
+    part: Part,
+    checkpoint: Checkpoint,
+    folder: Path | None,
+    options: loading.PipelineOptions,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """One component of the file, checked against its configuration."""
     config: Any = dict(part.config)
     if folder is not None and (folder / name / "config.json").is_file():
         config = read_json(folder / name / "config.json")
-    own = replace(options.for_component(name, None), where={})
+    own = options.for_component(name, None)
     library_class = native_class(part.class_name, Path()) if part.library == "transformers" else None
     cls = library_class or registry.find_class(part.library, part.class_name)
     if hasattr(cls, "_prepare"):
-        return Prepared.of(cls, config, part.read(checkpoint), own, None, checkpoint.label)
+        return Prepared.of(cls, config, part.read(checkpoint), own, changes, checkpoint.label)
     return prepare_from(cls, config, part.read(checkpoint), own)
 
 
 def _companions(
     cls: Any, verdict: Verdict, folder: Path | None, options: loading.PipelineOptions, there: set[str]
 ) -> dict[str, Any]:
-    """What the file does not carry: scheduler and tokenizers, and ``None`` for optional components."""
+    """What the file does not carry: tokenizers, and ``None`` for optional components."""
     found: dict[str, Any] = {}
     for name in component_names(cls):
         if name in there:
             continue
-        if name == "scheduler":
-            found[name] = _scheduler(verdict, folder)
-        elif name.startswith("tokenizer") and name.replace("tokenizer", "text_encoder") in there:
+        if name.startswith("tokenizer") and name.replace("tokenizer", "text_encoder") in there:
             found[name] = _tokenizer(name, verdict, folder, options)
         elif name in cls._optional_components:
             found[name] = None
@@ -141,10 +162,22 @@ def _companions(
     return found
 
 
-def _scheduler(verdict: Verdict, folder: Path | None) -> Any:
+def _scheduler_wish(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``scheduler_type`` and ``prediction_type``, as older scripts pass them, as entries of a configuration."""
+    kind, prediction = kwargs.pop("scheduler_type", None), kwargs.pop("prediction_type", None)
+    if kind is not None and kind not in _SCHEDULERS:
+        raise ValueError(f"scheduler_type={kind!r}: allowed are {', '.join(_SCHEDULERS)}")
+    wish: dict[str, Any] = {"prediction_type": prediction} if prediction is not None else {}
+    return {**wish, "_class_name": _SCHEDULERS[kind], "timestep_spacing": "leading"} if kind is not None else wish
+
+
+def _scheduler(verdict: Verdict, folder: Path | None, wish: Mapping[str, Any]) -> Any:
     config = dict(verdict.settings["scheduler"])
     if folder is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
         config = read_json(folder / "scheduler" / "scheduler_config.json")
+    elif "beta_start" in wish and config["_class_name"] == "PNDMScheduler":
+        config["_class_name"] = "DDIMScheduler"  # PNDM came later than the programs of an original configuration
+    config |= wish
     return registry.find_class("diffusers", config["_class_name"]).from_config(config)
 
 
@@ -217,6 +250,11 @@ def save_single(pipe: Any, path: str | os.PathLike[str], **metadata: str) -> Non
     Raises:
         ValueError: a pipeline whose family has none.
     """
+    single_file.write_single(path, original_state(pipe), metadata)
+
+
+def original_state(pipe: Any) -> dict[str, Tensor]:
+    """The weights of a pipeline under the names of its family's original layout."""
     components = pipe.components
     transformer = type(components.get("transformer")).__name__
     if transformer in _WHOLE:
@@ -225,7 +263,7 @@ def save_single(pipe: Any, path: str | os.PathLike[str], **metadata: str) -> Non
         raise ValueError(f"{type(pipe).__name__} has no single-file layout that is known here; use `save_pretrained`")
     else:
         parts = (*_CLASSIC, *_TEXT[_text_kind(components)])
-    single_file.write_single(path, single_file.pipeline_state(components, parts), metadata)
+    return single_file.pipeline_state(components, parts)
 
 
 def _text_kind(components: Mapping[str, Any]) -> str:

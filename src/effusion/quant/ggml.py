@@ -1,7 +1,7 @@
 """The packings of ggml (Gerganov et al., 2023): blocks of 32 or 256 numbers of a few bits, with scales.
 
 Each decoder gets blocks ``(n, bytes)`` and fills ``out`` ``(n, numbers)`` in float32. Operations run in place on
-pieces that stay in the processor's cache, because memory, not arithmetic, is what unpacking waits for.
+pieces that stay in a cache of the processor, because memory, not arithmetic, is what unpacking waits for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..core import memory
 from ..core.errors import CheckpointError
 from ..core.optional import require
 
-_PIECE = 1 << 17  # numbers that are unpacked at once on the CPU
+_PIECE = 1 << 19  # numbers that are unpacked at once on the CPU: 2 MiB; with fewer, calling operators takes longer
 # the sixteen values that IQ4's four bits stand for
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

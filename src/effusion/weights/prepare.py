@@ -155,6 +155,13 @@ class Prepared(Generic[Model]):
         found.check(model_class.__name__, checkpoint.label, options.ignore_mismatched_sizes)
         return cls(model, checkpoint, found, options)
 
+    @property
+    def sure(self) -> bool:
+        """Whether :meth:`build` may wait: nothing can fail, is random, or goes where memory may be short."""
+        unsaved = (m._buffers[name] for m in self.model.modules() for name in m._non_persistent_buffers_set)
+        lacking = any(buffer is not None and buffer.is_meta for buffer in unsaved)
+        return self.options.mapped and self.options.device is None and not (self.match.mismatched or lacking)
+
     def build(self) -> Model:
         """Give the network its weights; in ``eval`` mode."""
         keep = getattr(self.model, "_keep_in_fp32_modules", None) or ()

@@ -15,15 +15,17 @@ UNET, _CONTROL, VAE = "model.diffusion_model.", "control_model.", "first_stage_m
 _FIRST = "input_blocks.0.0.weight"
 # empty tensors by which some files say that they predict velocity, and that their schedule ends in pure noise
 EMPTY_MARKS = ("v_pred", "ztsnr")
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# for all samplers: what one does not know goes on to the next that is made from its configuration
+_BETAS = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
 _CLASSIC = {
     "_class_name": "PNDMScheduler",
     **_BETAS,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
     "skip_prk_steps": True,
 }
-_EULER = {"_class_name": "EulerDiscreteScheduler", **_BETAS, "steps_offset": 1, "timestep_spacing": "leading"}
+_EULER = {"_class_name": "EulerDiscreteScheduler", **_BETAS, "timestep_spacing": "leading"}
 
 
 def recognise_unet(shapes: Shapes) -> Verdict | None:

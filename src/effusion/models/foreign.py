@@ -6,18 +6,18 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core import log
+from ..core import hub, log
 from ..core.config import read_json
 from ..core.errors import CheckpointError, UntrustedCode
 from ..placement import packing
 from ..weights import assign
-from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.checkpoint import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared, building
 
 logger = log.get_logger(__name__)
@@ -26,27 +26,61 @@ _PREFIXES = ("text_model.", "vision_model.", "model.")
 _IGNORABLE = ("*position_ids", "*.attn.masked_bias", "*rotary_emb.inv_freq")
 
 
-def prepare_foreign(cls: Any, folder: Path, options: LoadOptions) -> Any:
+def load_foreign(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """What the ``from_pretrained`` of a class of transformers gives: its code asked for nothing, its pickles not opened.
+
+    Networks are loaded our way, except where transformers quantises or spreads them: then from safetensors only.
+
+    Raises:
+        CheckpointError: something is missing, broken or does not fit.
+    """
+    closed = without_code(cls, str(path))
+    if not issubclass(cls, torch.nn.Module):
+        inside = Path(path) / (kwargs.get("subfolder") or "")
+        for file in inside.iterdir() if inside.is_dir() else ():
+            hub.check_inside(file, Path(path))
+        return cls.from_pretrained(path, **closed, **kwargs)
+    if kwargs.get("quantization_config") is not None or isinstance(kwargs.get("device_map"), Mapping):
+        return cls.from_pretrained(path, use_safetensors=True, **closed, **kwargs)
+    options = LoadOptions.take(kwargs)
+    prepared = prepare_foreign(cls, path, options, **kwargs)
+    model = prepared.build()
+    return (model, prepared.match.as_info()) if options.output_loading_info else model
+
+
+def without_code(cls: Any, label: str) -> dict[str, Any]:
+    """Arguments with which a class reads files and runs no code in them; transformers asks at the terminal else.
+
+    Raises:
+        CheckpointError: something of transformers that does not come out of a folder.
+    """
+    if cls.__module__.split(".")[0] != "transformers":
+        return {}
+    if not any(base.__name__ == "PushToHubMixin" for base in cls.__mro__) and not cls.__name__.startswith("Auto"):
+        raise CheckpointError(f"{label}: {cls.__name__} of transformers can't be a component of a pipeline")
+    return {"trust_remote_code": False}
+
+
+def prepare_foreign(cls: Any, path: str | os.PathLike[str], options: LoadOptions, **config_changes: Any) -> Any:
     """A network of transformers, ready to be built; by its own ``from_pretrained`` where names don't meet ours.
 
     Raises:
         CheckpointError: configuration or weights are missing or broken.
     """
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if raw is None:
-        raise CheckpointError(f"{folder} has no config.json")
-    refuse_fetched_code(raw, str(folder / "config.json"))
-    checkpoint = open_checkpoint(
-        folder, stems=("model",), variant=options.variant, use_safetensors=options.use_safetensors
-    )
+    file = hub.resolve_file(path, "config.json", **options.where)
+    raw, folder = read_json(file), file.parent
+    refuse_fetched_code(raw, str(file))
+    commit = hub.commit_of(file)
+    where = {**options.where, "revision": commit} if commit else options.where
+    checkpoint = options.open(path, ("model",), where)
+    config = cls.config_class.from_pretrained(folder, **config_changes)
     if raw.get("quantization_config"):
-        return Fallback(cls, folder, options, checkpoint)
-    config = cls.config_class.from_pretrained(folder)
-    config._name_or_path = str(folder)
+        return Fallback(cls, config, options, checkpoint)
+    config._name_or_path = str(path)
     model = _skeleton(cls, config, str(folder))
     fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES)
     if fitted is None or (options.dtype != torch.float32 and _computed_floats(model)):
-        return Fallback(cls, folder, options, checkpoint)
+        return Fallback(cls, config, options, checkpoint)
     return ForeignPrepared.of_model(cls, model, fitted, options)
 
 
@@ -106,7 +140,7 @@ class ForeignPrepared(Prepared[Any]):
         slices = assign.assign(model, self.checkpoint, options.dtype, keep, options.device, options.mapped, packed)
         model.tie_weights()
         left = assign.meta_tensors(model)
-        if left:
+        if left and options.device != torch.device("meta"):
             raise CheckpointError(f"{self.checkpoint.label}: {type(model).__name__} has no values for {left[:10]}")
         if options.device is not None:
             model.to(options.device)
@@ -154,22 +188,24 @@ class Fallback:
     """A network that transformers loads itself; it is given the tensors, so that it opens no pickle."""
 
     cls: Any
-    folder: Path
+    config: Any
     options: LoadOptions
     checkpoint: Checkpoint
+    match: assign.Match = field(default_factory=assign.Match)
 
     def build(self) -> Any:
         """Load it with its own ``from_pretrained``; strict about missing weights like everything here."""
         options = self.options
         model, info = self.cls.from_pretrained(
             None,
-            config=self.cls.config_class.from_pretrained(self.folder),
+            config=self.config,
             state_dict={name: self.checkpoint.tensor(name, options.mapped) for name in self.checkpoint},
             dtype=options.dtype or "auto",
             output_loading_info=True,
         )
-        if info["missing_keys"]:
+        self.match = assign.Match(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
+        if self.match.missing:
             raise CheckpointError(
-                f"{self.folder}: weights missing for {self.cls.__name__}: {sorted(info['missing_keys'])}"
+                f"{self.checkpoint.label}: weights missing for {self.cls.__name__}: {self.match.missing}"
             )
         return model.to(options.device) if options.device is not None else model
