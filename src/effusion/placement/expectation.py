@@ -76,7 +76,8 @@ class Expectation:
         found = {}
         try:
             with torch.no_grad(), torch.random.fork_rng([]):
-                calls = hoisting.collect(self.networks, self.loop)
+                outlines = {name: needs.outline for name, needs in self.needs.items()}
+                calls = hoisting.collect(self.networks, self.loop, outlines=outlines)
             for name, made in calls.items():
                 known = hoisting.hoistable(self.networks[name], made, self.needs[name].passes(self.steps))
                 if known.weights:

@@ -230,11 +230,8 @@ def _best(a: Rates, b: Rates) -> Rates:
 
 
 def _measure(device: torch.device) -> Rates:
-    matmul = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        size = 4096 if device.type != "cpu" else 512
-        a = torch.ones(size, size, device=device, dtype=dtype)
-        matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / _seconds(lambda a=a: a @ a, device)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    matmul = {str(dtype).removeprefix("torch."): _matmul_rate(device, dtype) for dtype in dtypes}
     block = torch.ones((256 if device.type != "cpu" else 32) << 20, dtype=torch.uint8, device=device)
     memory = 2 * block.numel() / _seconds(lambda: block.clone(), device)
     host = memory / 2
@@ -242,6 +239,17 @@ def _measure(device: torch.device) -> Rates:
         source = torch.ones(64 << 20, dtype=torch.uint8, pin_memory=device.type == "cuda")
         host = source.numel() / _seconds(lambda: block[: source.numel()].copy_(source, non_blocking=True), device)
     return Rates(str(device), matmul, memory, host, _disk_rate())
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """flop/s of square products: of large ones, unless a small one says that these would take too long."""
+    rate = 0.0
+    for size in (512, 1536) if device.type == "cpu" else (4096,):
+        if rate and 2 * size**3 / rate > 0.2:
+            break
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        rate = max(rate, 2 * size**3 / _seconds(lambda a=a: a @ a, device))
+    return rate
 
 
 def _seconds(work: object, device: torch.device, budget: float = 0.1) -> float:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from ..core.errors import PlanConflict
 from .arena import tensors_in
 from .engine import engine_of
+from .foresight import shape_of
 from .repeats import rehearse_once
 from .units import all_slots
 from .workspaces import kernel, workspace
@@ -61,6 +62,11 @@ class Rehearsed:
     def passes(self, steps: int) -> int:
         """How often all of it is needed in a run of ``steps``."""
         return max(self.once.calls + (steps - 1) * self.each.calls, 1)
+
+    def outline(self, args: Any, kwargs: Any) -> Any:
+        """What a call of the network with such arguments gave, on ``meta``; ``None`` if there was none."""
+        found = self.seen.get(_key("_call_impl", args, kwargs))
+        return _convert(found[0], shape_of) if found is not None else None
 
     def work(self, steps: int) -> Work:
         """All of it in a run of ``steps``."""
@@ -227,7 +233,7 @@ def _call(
     module: nn.Module, method: Callable[..., Any], args: Any, kwargs: Any, result: Rehearsed, device: torch.device,
     work: Work,
 ) -> Any:  # fmt: skip
-    key = repr((getattr(method, "__name__", ""), _convert([args, kwargs], lambda t: (tuple(t.shape), t.dtype))))
+    key = _key(getattr(method, "__name__", ""), args, kwargs)
     try:
         if key not in result.seen:
             result.seen[key] = _rehearsed_call(module, method, args, kwargs, result, device)
@@ -245,6 +251,11 @@ def _call(
     out = method(*args, **kwargs)
     result.activations = max(result.activations, 4 * (sum(before) + sum(t.nbytes for t in tensors_in(out))))
     return out
+
+
+def _key(name: str, args: Any, kwargs: Any) -> str:
+    """What calls that need the same have in common."""
+    return repr((name, _convert([args, kwargs], lambda t: (tuple(t.shape), t.dtype))))
 
 
 def _rehearsed_call(

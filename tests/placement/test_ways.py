@@ -1,0 +1,151 @@
+"""What plans may do besides moving weights: leave them out of the loop, let them rest in smaller forms; and undo it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import small
+
+import effusion
+from effusion.core.errors import BudgetError
+from effusion.placement import casting, pages
+from effusion.placement.engine import engine_of
+from effusion.placement.forecast import Speed
+from effusion.placement.pipeline_choices import Choices
+from effusion.placement.sources import Mappings, present_bytes, set_apart
+
+SIZE, STEPS = 128, 2
+CALL: dict[str, Any] = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save("FLUX.1", tmp_path_factory.mktemp("ways"), 32)
+
+
+@pytest.fixture
+def pipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A pipeline on a machine whose disk is so slow that whatever spares reading is worth it."""
+    slow = Speed(1e12, 1e6, 1e10, shares_cores=True)
+    monkeypatch.setattr(Choices, "speed", lambda *_: slow)
+    made = effusion.DiffusionPipeline.from_pretrained(folder)
+    made.set_progress_bar_config(disable=True)
+    yield made
+    made.remove_all_hooks()
+
+
+def run(pipe: Any) -> torch.Tensor:
+    out: torch.Tensor = pipe(
+        "a cat", height=SIZE, width=SIZE, num_inference_steps=STEPS, output_type="pt",
+        generator=torch.Generator().manual_seed(3),
+    ).images  # fmt: skip
+    return out
+
+
+def tight(pipe: Any) -> int:
+    """A budget that the weights of the transformer don't fit into."""
+    plan = pipe.plan("4GB", **CALL)
+    transformer = sum(p.nbytes for p in pipe.transformer.parameters())
+    return int(max(s.activations + s.workspaces for s in plan.stages) + 0.6 * transformer)
+
+
+def test_a_plan_leaves_out_of_the_loop_what_it_need_not_stream(pipe: Any) -> None:
+    wanted = run(pipe)
+    plan = pipe.fit(tight(pipe), **CALL)
+    assert plan.switches["hoist"] and plan.exact
+    hoisted = pipe.transformer, sum(p.nbytes for p in pipe.transformer.parameters())
+    assert sum(r.nbytes for r in plan.of("transformer")) < 0.85 * hoisted[1]
+    assert torch.equal(run(pipe), wanted)
+    engine = engine_of(pipe.transformer)
+    assert engine is not None and engine.hoisting is not None and engine.hoisting.weights > 0.2 * hoisted[1]
+    assert torch.equal(run(pipe), wanted)
+    everything = pipe.fit("4GB", **CALL)
+    assert "hoist" not in everything.switches
+    engine = engine_of(pipe.transformer)
+    assert engine is None or engine.hoisting is None
+    assert torch.equal(run(pipe), wanted)
+
+
+def test_hoisting_lowers_the_least_budget_and_the_error_says_so(pipe: Any) -> None:
+    choices = Choices(pipe, pipe.modules, {**CALL, "batch_size": 1, "num_frames": None}, torch.device("cpu"))
+    ways = {tuple(switches): parts for switches, parts in choices.ways("exact")}
+    plain, hoisted = ({p.name: p for p in ways[key]}["transformer"] for key in ((), ("hoist",)))
+    assert hoisted.nbytes + hoisted.hoisted == plain.nbytes
+    assert hoisted.activations > plain.activations, "the table takes room"
+    with pytest.raises(BudgetError, match="quality='lossy'|x64 pixels"):
+        pipe.plan("1MB", **CALL)
+
+
+@pytest.mark.parametrize(("quality", "form"), [("near", "bfloat16"), ("lossy", "float8_e4m3fn")])
+def test_weights_rest_in_smaller_forms_only_when_asked_for(pipe: Any, folder: Path, quality: str, form: str) -> None:
+    wanted = run(pipe)
+    everything = sum(p.nbytes for m in pipe.modules.values() for p in m.parameters())
+    needed = max(s.activations + s.workspaces for s in pipe.plan("4GB", **CALL).stages)
+    budget = int(needed + (0.8 if quality == "near" else 0.5) * everything)
+    assert pipe.plan(budget, **CALL).exact
+    plan = pipe.fit(budget, quality=quality, **CALL)
+    assert plan.switches["storage_dtype"] == form and not plan.exact
+    assert {r.form for r in plan.of("transformer")} == {form} and {r.form for r in plan.of("vae")} == {"as stored"}
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == getattr(torch, form)
+    cast = effusion.DiffusionPipeline.from_pretrained(folder)
+    cast.set_progress_bar_config(disable=True)
+    for name in ("text_encoder", "text_encoder_2", "transformer"):
+        module = getattr(cast, name)
+        casting.apply_layerwise_casting(module, getattr(torch, form), torch.float32, casting.usual_patterns(module))
+    assert torch.equal(run(pipe), run(cast)), "not what casting by hand gives"
+    again = pipe.fit(budget, **CALL)
+    assert again.exact and {r.form for r in again.rows} == {"as stored"}
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float32
+    assert torch.equal(run(pipe), wanted)
+
+
+def test_another_policy_undoes_the_forms_of_a_plan(pipe: Any) -> None:
+    wanted = run(pipe)
+    everything = sum(p.nbytes for m in pipe.modules.values() for p in m.parameters())
+    needed = max(s.activations + s.workspaces for s in pipe.plan("4GB", **CALL).stages)
+    pipe.fit(int(needed + 0.5 * everything), quality="lossy", **CALL)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert pipe.transformer.dtype == torch.float32
+    assert torch.equal(run(pipe), wanted)
+
+
+def test_no_room_is_taken_of_what_a_looser_run_has_left_free() -> None:
+    """Pieces of the heap that were freed are not filled again while memory is held to the page."""
+    pieces = [torch.ones(100_000) for _ in range(64)]  # below the size from which memory comes from the system
+    keep = pieces[::2]
+    del pieces
+    with pages.exact():
+        before = pages.held()
+        tensors = [torch.ones(90_000) for _ in range(32)]
+        del tensors
+        assert pages.held() - before < 2 << 20, "freed memory was kept"
+    assert len(keep) == 32
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_RANDOM"), reason="the system takes no advice")
+def test_reading_what_stays_brings_in_nothing_else(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from effusion.weights.slices import MappedFile, TensorSlice
+
+    file, count, size = tmp_path / "a.safetensors", 64, 64 << 10
+    save_file({f"{i:03}": torch.full((size,), i, dtype=torch.uint8) for i in range(count)}, file)
+    start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    mapped = MappedFile(file)
+    tensors = [
+        mapped.tensor(TensorSlice(file, start + i * size, size, torch.uint8, (size,))) for i in range(count)
+    ]  # fmt: skip
+    inside, outside = tensors[::4], [t for i, t in enumerate(tensors) if i % 4]
+    set_apart(inside, outside)
+    assert all(int(t[size // 2]) == 4 * i for i, t in enumerate(inside))
+    for t in inside:
+        t.sum()
+    assert sum(map(present_bytes, inside)) == len(inside) * size
+    assert sum(map(present_bytes, outside)) <= 2 * 4096 * len(inside), "neighbours came along"
+    spans = [Mappings().span(t) for t in tensors]
+    assert [s.offset - start for s in spans if s is not None] == [i * size for i in range(count)]
