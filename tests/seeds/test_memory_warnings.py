@@ -290,17 +290,19 @@ METHODS = {
     "StableDiffusionPipeline": (
         "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "reset_device_map",
         "enable_attention_slicing", "disable_attention_slicing", "enable_xformers_memory_efficient_attention",
-        "disable_xformers_memory_efficient_attention", "maybe_free_model_hooks", "remove_all_hooks",
+        "disable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers",
+        "maybe_free_model_hooks", "remove_all_hooks",
     ),
     "UNet2DConditionModel": (
         "enable_group_offload", "enable_layerwise_casting", "enable_xformers_memory_efficient_attention",
-        "disable_xformers_memory_efficient_attention", "set_attention_slice", "set_attention_backend",
+        "disable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers",
+        "set_attention_slice", "set_attention_backend",
         "reset_attention_backend", "compile_repeated_blocks",
     ),
     "AutoencoderKL": ("enable_slicing", "disable_slicing", "enable_tiling", "disable_tiling"),
     "AutoencoderKLQwenImage": ("enable_slicing", "disable_slicing", "enable_tiling", "disable_tiling"),
     "AutoencoderTiny": ("enable_slicing", "disable_slicing", "enable_tiling", "disable_tiling"),
-    "hooks": ("apply_group_offloading", "apply_layerwise_casting"),
+    "hooks": ("apply_group_offloading", "apply_layerwise_casting", "apply_layerwise_casting_hook"),
 }  # fmt: skip
 
 
