@@ -98,7 +98,11 @@ def measure(repeat: int) -> str:
             transformer(folder, depth)
             found.append(least(_DEPTH, folder=str(folder), calls=CALLS))
         weights = " and ".join(f"{f['weights'] / 1e6:.0f}" for f in found)
-        rows.append(growth(f"streamed FLUX, 6 and 24 blocks ({weights} MB), {CALLS} calls", "<= 1.05x", *(f["peak"] for f in found)))
+        rows.append(
+            growth(
+                f"streamed FLUX, 6 and 24 blocks ({weights} MB), {CALLS} calls", "<= 1.05x", *(f["peak"] for f in found)
+            )
+        )
     tiles = [least(_DECODE, tiling=True, side=side, batch=1) for side in (256, 1024)]
     beyond = [t["peak"] - t["image"] for t in tiles]
     rows.append(growth("tiles of 128, 256² and 1024² pixels, beyond the image", "<= 1.10x", *beyond))
