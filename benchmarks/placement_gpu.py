@@ -66,8 +66,9 @@ def pinned():
     if library.__name__ == "effusion":  # registers pages of its own
         from effusion.placement.engine import engine_of
         from effusion.placement.lane import lane_to
+        from effusion.placement.machine import check_device
         engines = [engine_of(m) for m in pipe.modules.values()]
-        total += sum(e.pinned for e in engines if e is not None) + lane_to(torch.device(device, 0)).streams.pinned
+        total += sum(e.pinned for e in engines if e is not None) + lane_to(check_device(device)).streams.pinned
     return total
 
 def seconds(steps):
