@@ -288,6 +288,9 @@ def test_a_traced_unet_is_independent_of_policies(pipe: Any, tmp_path: Path) -> 
         pipe.enable_group_offload("cpu", use_stream=True, offload_to_disk_path=tmp_path)
         torch.testing.assert_close(traced(*inputs)[0], wanted)
         assert torch.equal(pipe.unet(*inputs).sample, wanted)
+        with pytest.raises(PlanConflict, match="can't be traced while its weights travel"):
+            torch.jit.trace(lambda *args: pipe.unet(*args, return_dict=False), inputs)
+        assert torch.equal(pipe.unet(*inputs).sample, wanted)
 
 
 def test_xformers_can_be_asked_for_and_taken_back(pipe: Any) -> None:
