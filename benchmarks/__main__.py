@@ -19,6 +19,7 @@ ALL = (
     "hoisting",
     "placement_memory",
     "placement_disk",
+    "placement_gpu",
     "planning",
     "twelve_billion",
 )

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,7 +81,9 @@ def group_peak(folder: Path) -> int:
     return int((folder / (name if (folder / name).exists() else "memory.peak")).read_text())
 
 
-def run_module(name: str, *arguments: str, inside: Path | None = None) -> dict[str, Any]:
+def run_module(
+    name: str, *arguments: str, inside: Path | None = None, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What `python -m benchmarks.NAME --child …` prints as JSON in its last line; in a control group if one is given.
 
     Raises:
@@ -89,7 +91,8 @@ def run_module(name: str, *arguments: str, inside: Path | None = None) -> dict[s
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", "--child", *arguments]
     enter = (lambda: (inside / "cgroup.procs").write_text(str(os.getpid()))) if inside else None
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)  # type: ignore[arg-type]
+    env = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=enter)  # type: ignore[arg-type]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         raise ChildFailed(f"killed (signal {-done.returncode})" if done.returncode < 0 else f"failed: {last}")
@@ -169,13 +172,31 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def main(name: str, title: str, measure: Callable[[int], str], repeat: int) -> None:
-    """Entry point of a benchmark module: print its table; with ``--write`` put it on the page."""
+class NotHere(Exception):
+    """This machine lacks what a benchmark needs; the others go on."""
+
+
+def main(
+    name: str, title: str, measure: Callable[..., str], repeat: int, options: Mapping[str, str | bool] | None = None
+) -> None:
+    """Entry point of a benchmark module: print its table; with ``--write`` put it on the page.
+
+    Args:
+        options: further arguments of the command line and of ``measure``, with their defaults.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=title)
     parser.add_argument("--repeat", type=int, default=repeat, help=f"pairs of runs (default {repeat})")
     parser.add_argument("--write", action="store_true", help=f"replace the section in {PAGE.relative_to(ROOT)}")
+    for option, default in (options or {}).items():
+        how: dict[str, Any] = {"action": "store_true"} if default is False else {"default": default}
+        parser.add_argument(f"--{option}", **how)
     args = parser.parse_args()
-    text = f"## {title}\n\n{measure(args.repeat)}\n\n`python -m benchmarks.{name}` on {machine()}.\n"
+    try:
+        measured = measure(args.repeat, **{option: getattr(args, option) for option in options or {}})
+    except NotHere as error:
+        print(f"benchmarks.{name} {error}, which this machine does not have: left out")
+        return
+    text = f"## {title}\n\n{measured}\n\n`python -m benchmarks.{name}` on {machine()}.\n"
     print(text)
     if args.write:
         write_section(name, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effusion import AttentionBackendName
 from effusion.core.errors import MissingExtra
 from effusion.nn import dispatch
 from effusion.nn.dispatch import AttentionBackendMixin, attend, attention_backend, backend_names, register_backend
@@ -209,3 +211,40 @@ def test_environment_variable() -> None:
             [sys.executable, "-c", code], env={"PYTHONPATH": "src", variable: "math"}, capture_output=True, text=True
         )
         assert run.stdout.strip() == "math", run.stderr
+
+
+# -- the ecosystem's names -----------------------------------------------------------------------------
+
+
+def test_names_of_backends_are_the_peers() -> None:
+    from diffusers import AttentionBackendName as Theirs
+
+    assert {name: member.value for name, member in AttentionBackendName.__members__.items()} == {
+        name: member.value for name, member in Theirs.__members__.items()
+    }
+
+
+def test_a_backend_can_be_chosen_by_its_name_as_a_member() -> None:
+    q, k, v = qkv()
+    want = reference(q, k, v)
+    with attention_backend(AttentionBackendName._NATIVE_MATH):
+        torch.testing.assert_close(attend(q, k, v), want)
+    model = Model()
+    model.set_attention_backend(AttentionBackendName._NATIVE_MATH)
+    assert model.layers[0].attention_backend == "_native_math"
+    model.reset_attention_backend()
+    with pytest.raises(ValueError, match="no attention backend 'flash_hub'; there are"):
+        model.set_attention_backend(AttentionBackendName.FLASH_HUB)
+    assert model.layers[0].attention_backend is None
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_dispatch_for_processors_is_the_peers(mask: str) -> None:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn as theirs
+    from effusion.models.attention_dispatch import dispatch_attention_fn as ours
+
+    q, k, v = qkv()
+    assert torch.equal(ours(q, k, v, MASKS[mask], scale=0.3), theirs(q, k, v, MASKS[mask], scale=0.3))
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    with pytest.raises(ValueError, match="attention_kwargs"):
+        ours(q, k, v, attention_kwargs={"window": 3})

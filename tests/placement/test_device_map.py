@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -36,6 +37,24 @@ def test_maps_of_a_network(placement: Any, tmp_path: Path) -> None:
         assert list(tmp_path.iterdir())
     policies.remove(module)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_map_is_shown_as_the_peer_shows_it(tmp_path: Path) -> None:
+    tiny.save("sd", tmp_path)
+    for given in ("cpu", torch.device("cpu"), {"": "cpu"}, "auto"):
+        ours, theirs = (
+            library.UNet2DConditionModel.from_pretrained(tmp_path / "sd", subfolder="unet", device_map=given)
+            for library in (effusion, diffusers)
+        )
+        assert ours.hf_device_map == theirs.hf_device_map
+    ours, theirs = (
+        library.StableDiffusionPipeline.from_pretrained(tmp_path / "sd", device_map="cpu", safety_checker=None)
+        for library in (effusion, diffusers)
+    )
+    assert ours.hf_device_map == theirs.hf_device_map == "cpu"
+    for pipe in (ours, theirs):
+        pipe.reset_device_map()
+    assert ours.hf_device_map is theirs.hf_device_map is None
 
 
 def test_memory_limits_are_kept(tmp_path: Path) -> None:

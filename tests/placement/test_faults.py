@@ -199,6 +199,16 @@ def moved_to_meta(pipe: Any, folder: Path, patch: pytest.MonkeyPatch) -> None:
         pipe.unet.mid_block.load_state_dict(kept, assign=True)
 
 
+def all_moved_to_meta(pipe: Any, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    pipe.enable_group_offload("cpu", offload_to_disk_path=folder)
+    kept = {n: p.data for n, p in pipe.unet.named_parameters()}
+    nn.Module.to(pipe.unet, "meta")
+    try:
+        tiny.run("sd", pipe)
+    finally:
+        pipe.unet.load_state_dict(kept, assign=True)
+
+
 def memory_ends_in_a_step(pipe: Any, folder: Path, patch: pytest.MonkeyPatch) -> None:
     pipe.enable_group_offload("cpu", use_stream=True, offload_to_disk_path=folder)
 
@@ -232,6 +242,7 @@ def memory_ends_while_lending(pipe: Any, folder: Path, patch: pytest.MonkeyPatch
         (full, CheckpointError, "No space left"),
         (two_policies, PlanConflict, "a part of it"),
         (moved_to_meta, PlanConflict, "meta device"),
+        (all_moved_to_meta, PlanConflict, "meta device"),
         (memory_ends_in_a_step, torch.OutOfMemoryError, "activations"),
         (memory_ends_while_lending, BudgetError, "don't fit"),
     ],

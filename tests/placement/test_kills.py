@@ -78,19 +78,21 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
     wanted = server.paint()
     assert len(set(wanted)) == 2
     rng = random.Random(7)
-    in_between = 0
+    in_between = half_saved = 0
     for i in range(KILLS):
         child = server.begin(("stream", "offload", "save")[i % 3])
         time.sleep(rng.random() * 0.12)
         server.kill(child)
         assert contents(tmp_path / "sd") == original, f"kill {i}"
         in_between += any((tmp_path / "off").glob("*")) if (tmp_path / "off").exists() else 0
+        half_saved += any((tmp_path / "saved").rglob(".saving-*"))
         saved = contents(tmp_path / "saved") if i > 3 else {}
         for name, data in saved.items():
             assert data in (versions[0].get(name), versions[1].get(name)), f"kill {i}: {name} is torn"
         if i % 5 == 0:
             assert server.paint() == wanted, f"kill {i}"
     assert in_between, "no kill came while offload files were there"
+    assert half_saved, "no kill came in the middle of a save"
     assert server.paint() == wanted
     assert not list((tmp_path / "off").iterdir()), "files of killed processes are left"
     again = tmp_path / "saved"

@@ -93,6 +93,14 @@ def test_a_vae_without_slicing_or_tiling_is_named(switch: str, pipe: Any) -> Non
         getattr(pipe, f"enable_vae_{switch}")()
 
 
+def test_the_asymmetric_autoencoder_has_slices_but_no_tiles(pipe: Any) -> None:
+    pipe.vae = effusion.AsymmetricAutoencoderKL()
+    pipe.enable_vae_slicing()
+    assert pipe.vae.use_slicing
+    with pytest.raises(PlanConflict, match="AsymmetricAutoencoderKL doesn't support tiling"):
+        pipe.enable_vae_tiling()
+
+
 def test_vae_slicing_decodes_one_picture_at_a_time(pipe: Any) -> None:
     wanted, seen = tiny.run("sd", pipe), []
     pipe.vae.decoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[0]))
@@ -233,6 +241,33 @@ def test_norms_are_skipped_by_layerwise_casting(pipe: Any) -> None:
     assert norms and all(m.weight.dtype == torch.float32 for m in norms)
 
 
+def test_modulation_is_skipped_by_layerwise_casting(saved: Path) -> None:
+    """The guide: weights of normalisation and modulation are left as they are; those of FLUX are linear layers."""
+    transformer = tiny.load("flux", saved).transformer
+    transformer.enable_layerwise_casting(torch.float8_e4m3fn)
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, p in transformer.named_parameters():
+        by_dtype.setdefault(p.dtype, []).append(name)
+    assert any(".norm1.linear." in name for name in by_dtype[torch.float32])
+    assert not any("norm" in name for name in by_dtype[torch.float8_e4m3fn])
+    assert any(".attn.to_q." in name for name in by_dtype[torch.float8_e4m3fn])
+
+
+def test_layerwise_casting_goes_with_peft_layers(pipe: Any) -> None:
+    """The guide warns of failures on models with PEFT layers."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, pipe.unet)
+    wanted = tiny.run("sd", pipe)
+    apply_layerwise_casting(pipe.unet, torch.float16, torch.float32)
+    assert next(p for n, p in pipe.unet.named_parameters() if "lora_A" in n).dtype == torch.float16
+    cast = tiny.run("sd", pipe)
+    torch.testing.assert_close(cast, wanted, rtol=2e-2, atol=2e-2)
+    pipe.unet.enable_group_offload("cpu", offload_type="leaf_level", use_stream=True)
+    travelling(pipe)
+    assert torch.equal(tiny.run("sd", pipe), cast)
+
+
 def test_channels_last_is_kept_by_every_policy(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.to(memory_format=torch.channels_last)
     stride = pipe.unet.conv_out.weight.stride()
@@ -252,6 +287,9 @@ def test_a_traced_unet_is_independent_of_policies(pipe: Any, tmp_path: Path) -> 
         del pipe.unet.__dict__["forward"]
         pipe.enable_group_offload("cpu", use_stream=True, offload_to_disk_path=tmp_path)
         torch.testing.assert_close(traced(*inputs)[0], wanted)
+        assert torch.equal(pipe.unet(*inputs).sample, wanted)
+        with pytest.raises(PlanConflict, match="can't be traced while its weights travel"):
+            torch.jit.trace(lambda *args: pipe.unet(*args, return_dict=False), inputs)
         assert torch.equal(pipe.unet(*inputs).sample, wanted)
 
 
@@ -290,17 +328,19 @@ METHODS = {
     "StableDiffusionPipeline": (
         "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "reset_device_map",
         "enable_attention_slicing", "disable_attention_slicing", "enable_xformers_memory_efficient_attention",
-        "disable_xformers_memory_efficient_attention", "maybe_free_model_hooks", "remove_all_hooks",
+        "disable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers",
+        "maybe_free_model_hooks", "remove_all_hooks",
     ),
     "UNet2DConditionModel": (
         "enable_group_offload", "enable_layerwise_casting", "enable_xformers_memory_efficient_attention",
-        "disable_xformers_memory_efficient_attention", "set_attention_slice", "set_attention_backend",
+        "disable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers",
+        "set_attention_slice", "set_attention_backend",
         "reset_attention_backend", "compile_repeated_blocks",
     ),
     "AutoencoderKL": ("enable_slicing", "disable_slicing", "enable_tiling", "disable_tiling"),
     "AutoencoderKLQwenImage": ("enable_slicing", "disable_slicing", "enable_tiling", "disable_tiling"),
     "AutoencoderTiny": ("enable_slicing", "disable_slicing", "enable_tiling", "disable_tiling"),
-    "hooks": ("apply_group_offloading", "apply_layerwise_casting"),
+    "hooks": ("apply_group_offloading", "apply_layerwise_casting", "apply_layerwise_casting_hook"),
 }  # fmt: skip
 
 

@@ -34,6 +34,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"utils\.outputs", ("core.outputs",)),
     (r"utils\.pil_utils", ("blocks.pictures", "blocks.images")),
     (r"models\.modeling_utils", ("models.base",)),
+    (r"models\.attention", ("nn.transformer_2d", "nn.feed_forward", "nn.attention")),
+    (r"models\.attention_dispatch", ("nn.dispatch", "nn.backend_names")),
     (r"models\.attention_processor", ("nn.attention",)),
     (r"models\.embeddings", ("nn.embeddings", "nn.conditioning", "nn.rotary", "nn.patch")),
     (r"models\.normalization", ("nn.norms", "nn.modulation")),

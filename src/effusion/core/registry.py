@@ -53,6 +53,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.schedulers.unipc": ("UniPCMultistepScheduler",),
     "effusion.schedulers.vq_diffusion": ("VQDiffusionScheduler",),
     "effusion.nn.dispatch": ("attention_backend",),
+    "effusion.nn.backend_names": ("AttentionBackendName",),
     # networks
     "effusion.models.auto_model": ("AutoModel",),
     "effusion.models.base": ("ModelMixin",),

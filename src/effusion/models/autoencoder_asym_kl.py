@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from ..core.config import register_to_config
 from ..core.random import Generators
 from ..nn import checkpointing, fresh
 from ..nn.attention import AttentionMixin
+from ..nn.tiling import joined
 from ..nn.vae import AutoencoderKLOutput, Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
 from .base import ModelMixin
 
@@ -126,7 +126,8 @@ class AsymmetricAutoencoderKL(AttentionMixin, ModelMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of the latents of pictures ``(B, C, H, W)`` in -1 to 1."""
         parts = x.split(1) if self.use_slicing else (x,)
-        posterior = DiagonalGaussianDistribution(torch.cat([self.quant_conv(self.encoder(p)) for p in parts]))
+        moments = joined((self.quant_conv(self.encoder(p)) for p in parts), x.shape[0])
+        posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
@@ -146,7 +147,7 @@ class AsymmetricAutoencoderKL(AttentionMixin, ModelMixin):
         n = z.shape[0] if self.use_slicing else 1
         columns = [self._slices(t, n, z.shape[0]) for t in (z, image, mask)]
         parts = zip(*columns, strict=True)
-        sample = torch.cat([self.decoder(self.post_quant_conv(part), i, m) for part, i, m in parts])
+        sample = joined((self.decoder(self.post_quant_conv(part), i, m) for part, i, m in parts), z.shape[0])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @staticmethod

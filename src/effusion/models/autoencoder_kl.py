@@ -72,7 +72,8 @@ class AutoencoderKL(SlicingMixin, AttentionMixin, ModelMixin):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         self.tile_sample_min_size = sample_size if isinstance(sample_size, int) else sample_size[0]
-        self.tile_latent_min_size = int(self.tile_sample_min_size / 2 ** (len(block_out_channels) - 1))
+        self._scale = 2 ** (len(block_out_channels) - 1)  # pixels per latent, in each direction
+        self.tile_latent_min_size = int(self.tile_sample_min_size / self._scale)
         self.tile_overlap_factor = 0.25
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -122,13 +123,13 @@ class AutoencoderKL(SlicingMixin, AttentionMixin, ModelMixin):
         stride = int(self.tile_sample_min_size * (1 - self.tile_overlap_factor))
         extent = int(self.tile_latent_min_size * self.tile_overlap_factor)
         limit = self.tile_latent_min_size - extent
-        return tiled(x, self._encode_tile, self.tile_sample_min_size, stride, extent, limit)
+        return tiled(x, self._encode_tile, self.tile_sample_min_size, stride, extent, limit, 1 / self._scale)
 
     def _tiled_decode(self, z: Tensor) -> Tensor:
         stride = int(self.tile_latent_min_size * (1 - self.tile_overlap_factor))
         extent = int(self.tile_sample_min_size * self.tile_overlap_factor)
         limit = self.tile_sample_min_size - extent
-        return tiled(z, self._decode_tile, self.tile_latent_min_size, stride, extent, limit)
+        return tiled(z, self._decode_tile, self.tile_latent_min_size, stride, extent, limit, self._scale)
 
     def tiled_encode(
         self, x: Tensor, return_dict: bool = True

@@ -355,16 +355,16 @@ class AutoencoderKLQwenImage(SlicingMixin, ModelMixin):
         size, stride = self._tiles(latent=False)
         (height, width), limit = self._tiles(latent=True)
         extent = (height - limit[0], width - limit[1])
-        z = tiled(x, self._encode_tile, size, stride, extent, limit)
         by = self.spatial_compression_ratio
+        z = tiled(x, self._encode_tile, size, stride, extent, limit, 1 / by)
         return z[..., : x.shape[-2] // by, : x.shape[-1] // by]
 
     def _tiled_decode(self, z: Tensor) -> Tensor:
         size, stride = self._tiles(latent=True)
         (height, width), limit = self._tiles(latent=False)
         extent = (height - limit[0], width - limit[1])
-        x = tiled(z, self._decode_tile, size, stride, extent, limit)
         by = self.spatial_compression_ratio
+        x = tiled(z, self._decode_tile, size, stride, extent, limit, by)
         return x[..., : z.shape[-2] * by, : z.shape[-1] * by]
 
     def tiled_encode(self, x: Tensor) -> Tensor:

@@ -303,3 +303,12 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Back to the backend in force."""
         self.reset_attention_backend()
+
+    def set_use_memory_efficient_attention_xformers(
+        self, valid: bool, attention_op: Callable[..., Any] | None = None
+    ) -> None:
+        """The two above under one name."""
+        if valid:
+            self.enable_xformers_memory_efficient_attention(attention_op)
+        else:
+            self.disable_xformers_memory_efficient_attention()

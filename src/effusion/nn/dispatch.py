@@ -276,7 +276,7 @@ def register_backend(name: str, factory: Factory) -> None:
 
 def prepare(name: str) -> Backend:
     """Find and import the backend ``name``; ``ValueError`` or ``MissingExtra`` if that can't be."""
-    base, _, argument = str(name).partition(":")
+    base, _, argument = name.partition(":")
     if base not in _FACTORIES:
         raise ValueError(f"no attention backend {name!r}; there are {', '.join(backend_names())}")
     _ready[name] = _FACTORIES[base](base, argument)
@@ -290,8 +290,9 @@ def attention_backend(backend: str = "native") -> Iterator[None]:
     It holds for the whole process: compiled code checks it, and threads share it.
     """
     global _in_force
-    prepare(backend)
-    before, _in_force = _in_force, backend
+    name = str(backend)
+    prepare(name)
+    before, _in_force = _in_force, name
     try:
         yield
     finally:
@@ -312,8 +313,9 @@ class AttentionBackendMixin:
             ValueError: an unknown name, with the known ones.
             MissingExtra: its package is not installed.
         """
-        prepare(backend)
-        self._choose_backend(backend)
+        name = str(backend)
+        prepare(name)
+        self._choose_backend(name)
 
     def reset_attention_backend(self) -> None:
         """Back to the backend in force."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,9 +30,24 @@ class SlicingMixin:
 
     def _by_item(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``run(x)``, one item of the batch at a time if slicing is on."""
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([run(item) for item in x.split(1)])
-        return run(x)
+        if not self.use_slicing:
+            return run(x)
+        return joined((run(item) for item in x.split(1)), x.shape[0])
+
+
+def joined(parts: Iterable[Tensor], batch: int) -> Tensor:
+    """The ``parts`` of a batch as one, each put into its place as it comes: kept, they would need twice the room."""
+    out: Tensor | None = None
+    at = 0
+    for part in parts:
+        if part.shape[0] == batch:
+            return part
+        out = part.new_empty(batch, *part.shape[1:]) if out is None else out
+        out[at : at + part.shape[0]] = part
+        at += part.shape[0]
+        del part  # before the next one is made
+    assert out is not None
+    return out
 
 
 def blend(a: Tensor, b: Tensor, extent: int, dim: int) -> Tensor:
@@ -50,30 +65,52 @@ def blend(a: Tensor, b: Tensor, extent: int, dim: int) -> Tensor:
 Side = int | tuple[int, int]  # the same in both directions, or (vertically, horizontally)
 
 
-def tiled(x: Tensor, run: Callable[[Tensor], Tensor], size: Side, stride: Side, extent: Side, limit: Side) -> Tensor:
+def tiled(
+    x: Tensor, run: Callable[[Tensor], Tensor], size: Side, stride: Side, extent: Side, limit: Side, scale: float
+) -> Tensor:
     """``run`` on overlapping rectangles of ``x``, blended and put together.
+
+    Beside the result only one tile is held, and of the tiles around it what is blended with.
 
     Args:
         x: ``(…, H, W)``.
         size, stride: sides of a rectangle and distance of two, in pixels of ``x``.
         extent, limit: rows that are blended and rows that a tile contributes, in pixels of the result.
+        scale: side of the result over side of ``x``.
     """
-    height, width = x.shape[-2:]
     size, stride, extent, limit = ((v, v) if isinstance(v, int) else v for v in (size, stride, extent, limit))
-    above: list[Tensor] = []
-    rows = []
-    for i in range(0, height, stride[0]):
-        tiles: list[Tensor] = []
-        for j in range(0, width, stride[1]):
-            tile = run(x[..., i : i + size[0], j : j + size[1]])
-            if above:
-                tile = blend(above[len(tiles)], tile, extent[0], -2)
-            if tiles:
-                tile = blend(tiles[-1], tile, extent[1], -1)
-            tiles.append(tile)
-        rows.append(torch.cat([t[..., : limit[0], : limit[1]] for t in tiles], dim=-1))
-        above = tiles
-    return torch.cat(rows, dim=-2)
+    rows, columns = (_cuts(*cut, scale) for cut in zip(x.shape[-2:], size, stride, limit, strict=True))
+    out: Tensor | None = None
+    above: dict[int, Tensor] = {}  # the last rows of each tile of the row before
+    top = 0
+    for (i, end), height in rows:
+        left, beside = 0, None
+        for (j, stop), width in columns:
+            tile = run(x[..., i:end, j:stop])
+            tile = tile if j not in above else blend(above[j], tile, extent[0], -2)
+            tile = tile if beside is None else blend(beside, tile, extent[1], -1)
+            if out is None:
+                sides = sum(h for _, h in rows), sum(w for _, w in columns)
+                out = tile.new_empty(*tile.shape[:-2], *sides)
+            out[..., top : top + height, left : left + width] = tile[..., :height, :width]
+            above[j], beside = _last(tile, extent[0], -2), _last(tile, extent[1], -1)
+            left += width
+            del tile  # before the next one is made
+        top += height
+    assert out is not None
+    return out
+
+
+def _cuts(length: int, size: int, stride: int, limit: int, scale: float) -> list[tuple[tuple[int, int], int]]:
+    """The (start, end) of each tile along one side, and how much of the result it contributes."""
+    ends = [(at, min(at + size, length)) for at in range(0, length, stride)]
+    return [((at, end), min(int((end - at) * scale), limit)) for at, end in ends]
+
+
+def _last(tile: Tensor, extent: int, dim: int) -> Tensor:
+    """A copy of the last rows or columns, which doesn't keep the whole tile."""
+    extent = min(extent, tile.shape[dim])
+    return tile.narrow(dim, tile.shape[dim] - extent, extent).clone()
 
 
 def overlaid(x: Tensor, run: Callable[[Tensor], Tensor], size: int, overlap: int, scale: float) -> Tensor:

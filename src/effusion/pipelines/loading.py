@@ -335,6 +335,8 @@ def _place(pipe: Any, options: PipelineOptions) -> Any:
         pipe.fit(options.memory, ram=options.ram, quality=options.quality or "exact")
     elif isinstance(options.device_map, Mapping) or options.device_map in _STRATEGIES:
         pipe._apply_device_map(options.device_map, options.max_memory)
+    elif options.device_map is not None:  # components were loaded there
+        pipe.__dict__["_device_map"] = str(options.device_map)
     return pipe
 
 

@@ -3,7 +3,7 @@
 from ..core import lazy
 
 _PUBLIC = {
-    "casting": ("apply_layerwise_casting", "uncast"),
+    "casting": ("apply_layerwise_casting", "apply_layerwise_casting_hook", "uncast"),
     "device_map": ("apply_device_map",),
     "engine": ("engine_of",),
     "machine": ("available_ram", "rates"),

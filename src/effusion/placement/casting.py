@@ -46,9 +46,7 @@ def apply_layerwise_casting(
     Raises:
         ValueError: dtypes that are no floating-point types, or a broken pattern.
     """
-    for name, dtype in (("storage_dtype", storage_dtype), ("compute_dtype", compute_dtype)):
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"{name}={dtype!r}: give a floating-point dtype, such as torch.float8_e4m3fn")
+    _check_dtypes(storage_dtype=storage_dtype, compute_dtype=compute_dtype)
     cast(module, layers_to_cast(module, skip_modules_pattern, skip_modules_classes), storage_dtype, compute_dtype)
 
 
@@ -71,6 +69,20 @@ def layers_to_cast(module: nn.Module, skip: Pattern, skip_classes: Classes | Non
         layers = list(_layers(module, "", _patterns(skip), skip_classes or ()))
     spokesman = _says_dtype(module)
     return [layer for layer in layers if not any(t is spokesman for t in layer._parameters.values() if t is not None)]
+
+
+def apply_layerwise_casting_hook(
+    module: nn.Module, storage_dtype: torch.dtype, compute_dtype: torch.dtype, non_blocking: bool
+) -> None:
+    """:func:`apply_layerwise_casting` of the weights of ``module`` itself, whatever it is; of nothing below it."""
+    _check_dtypes(storage_dtype=storage_dtype, compute_dtype=compute_dtype)
+    cast(module, [module], storage_dtype, compute_dtype)
+
+
+def _check_dtypes(**dtypes: torch.dtype) -> None:
+    for name, dtype in dtypes.items():
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{name}={dtype!r}: give a floating-point dtype, such as torch.float8_e4m3fn")
 
 
 def _says_dtype(module: nn.Module) -> Tensor | None:

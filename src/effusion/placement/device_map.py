@@ -42,14 +42,15 @@ def apply_device_map(
     """
     check_free(module)
     if isinstance(device_map, str) and device_map in STRATEGIES:
-        placed = infer(module, device_map, max_memory, no_split)
-    elif isinstance(device_map, Mapping):
-        placed = dict(device_map)
+        given: Mapping[str, Place] = infer(module, device_map, max_memory, no_split)
     else:
-        placed = {"": _place(device_map)}  # type: ignore[arg-type]
-    placed = {key: _place(where) for key, where in placed.items()}
+        given = device_map if isinstance(device_map, Mapping) else {"": device_map}
+    placed = {key: _place(where) for key, where in given.items()}
     _check(module, placed)
     _carry_out(module, placed, offload_folder, name)
+    if isinstance(device_map, (str, torch.device)) and device_map not in (*STRATEGIES, "disk"):
+        placed = {"": torch.device(device_map)}  # the ecosystem shows one device for all as what it is
+    engine_for(module).policy["map"] = placed
     return placed
 
 
@@ -197,7 +198,7 @@ def _carry_out(module: nn.Module, placed: Mapping[str, Place], folder: object, n
                 units.append(Unit(row, part.slots, part.triggers, device))
     engine.offload, engine.folder = None, folder
     engine.exclude, engine.give_back = frozenset(), True
-    engine.set_units(units, {"kind": "device_map", "map": dict(placed)})
+    engine.set_units(units, {"kind": "device_map"})
     engine.replace_files(files)
 
 

@@ -512,8 +512,8 @@ class Engine:
 
     def rehome(self) -> None:
         """Bring weights whose data was replaced (by a cast) to the home that their rows name."""
-        if not self.units:
-            return
+        if not self.units or any(slot.tensor.is_meta for unit in self.units for slot in unit.slots):
+            return  # what has lost its values can't be brought home; the next call says so
         groups = [Group(u.row.unit.partition("/")[2], u.slots, u.triggers) for u in self.units]
         home = self.units[0].row.home
         if home == "disk":

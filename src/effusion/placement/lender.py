@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import PlanConflict
 from .compiling import set_eval_frame, skip_code
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Lender:
         self.give_back = False  # move the output to where the first input was
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.units and torch._C._get_tracing_state() is not None:
+            self._refuse_tracing()
         compiling = set_eval_frame(None)  # what is ours is not compiled; what is called may be
         hoisting, top = self.engine.hoisting, self.module is self.engine.root
         if hoisting is not None and not top:
@@ -78,6 +81,14 @@ class Lender:
                 hoisting.end(before)
             set_eval_frame(compiling)
         return out if origin is None else move(out, origin)
+
+    def _refuse_tracing(self) -> None:
+        """A trace keeps the weights that it sees; lent ones are gone after the call."""
+        engine = self.engine
+        raise PlanConflict(
+            f"{engine.name} can't be traced while its weights travel ({engine.policy.get('kind')}): trace it before, or after "
+            "`remove_all_hooks()` (of a single network `disable_group_offload()`); what was traced then goes with any policy"
+        )
 
     # whoever compiles a whole model around us: go round this function, and don't compile its own frame
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]

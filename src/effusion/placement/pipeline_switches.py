@@ -45,8 +45,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         Raises:
             ValueError: no such device.
         """
-        where = machine.default_device(gpu_id, device)
-        self._unplan()
+        where = self._offload_to(gpu_id, device)
         for name, module in self._networks().items():
             if name in self._exclude_from_cpu_offload:
                 policies.resident(module, where)
@@ -57,13 +56,25 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
         """Every layer rests in host memory and travels alone, when it is called: least memory, least speed."""
-        where = machine.default_device(gpu_id, device)
-        self._unplan()
+        where = self._offload_to(gpu_id, device)
         for name, module in self._networks().items():
             if name in self._exclude_from_cpu_offload:
                 policies.resident(module, where)
             else:
                 policies.cpu_offload(module, where)
+
+    def _offload_to(self, gpu_id: int | None, device: torch.device | str | None) -> torch.device:
+        """Where what is offloaded computes from now on; scripts read it from the two attributes."""
+        where = machine.default_device(gpu_id, device)
+        self._forget_placement()
+        self.__dict__.update(_offload_device=where, _offload_gpu_id=where.index or 0)
+        return where
+
+    @property
+    def _all_hooks(self) -> list[policies.UserHook]:
+        """A handle for each component that model offloading moves."""
+        kinds = self._policies()
+        return [policies.UserHook(m) for name, m in self._networks().items() if kinds[name] == "model"]
 
     def enable_group_offload(
         self,
@@ -87,7 +98,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         unknown = sorted(set(exclude) - set(self.components))
         if unknown:
             raise ValueError(f"exclude_modules names {unknown}; the components are {list(self._networks())}")
-        self._unplan()
+        self._forget_placement()
         for name, module in self._networks().items():
             if name in exclude:
                 policies.resident(module, onload_device)
@@ -130,17 +141,17 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
 
     def remove_all_hooks(self) -> None:
         """Undo every offloading policy; weights stay where they rest."""
-        self._unplan()
+        self._forget_placement()
         for module in self._networks().values():
             policies.remove(module)
 
     # -- devices -----------------------------------------------------------------------------------
 
     @property
-    def hf_device_map(self) -> dict[str, Any] | None:
-        """Which component is where; ``None`` if the pipeline was not placed by a map."""
-        found: dict[str, Any] | None = self.__dict__.get("_device_map")
-        return dict(found) if found is not None else None
+    def hf_device_map(self) -> dict[str, Any] | str | None:
+        """Which component is where, or the one device for all; ``None`` if the pipeline was not placed by a map."""
+        found: dict[str, Any] | str | None = self.__dict__.get("_device_map")
+        return dict(found) if isinstance(found, dict) else found
 
     def _apply_device_map(
         self,
@@ -162,6 +173,10 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         self.remove_all_hooks()
         for module in self._networks().values():
             homes.to_host(all_slots(module))
+
+    def _forget_placement(self) -> None:
+        """Whatever plan or map there was no longer says where components are."""
+        self._unplan()
         self.__dict__["_device_map"] = None
 
     @property
@@ -180,8 +195,7 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         for module in self._networks().values():
             moving.to(module, *args, **kwargs)
         if device is not None:
-            self._unplan()
-            self.__dict__["_device_map"] = None
+            self._forget_placement()
         return self
 
     # -- activations ---------------------------------------------------------------------------------
@@ -228,15 +242,19 @@ class PipelineSwitches(PlanSwitches, HoistingSwitches):
         Raises:
             MissingExtra: it is not installed.
         """
-        for module in self._networks().values():
-            if hasattr(module, "enable_xformers_memory_efficient_attention"):
-                module.enable_xformers_memory_efficient_attention(attention_op)  # type: ignore[operator]
+        self.set_use_memory_efficient_attention_xformers(True, attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Back to the attention backend in force."""
+        self.set_use_memory_efficient_attention_xformers(False)
+
+    def set_use_memory_efficient_attention_xformers(
+        self, valid: bool, attention_op: Callable[..., Any] | None = None
+    ) -> None:
+        """The two above under one name."""
         for module in self._networks().values():
-            if hasattr(module, "disable_xformers_memory_efficient_attention"):
-                module.disable_xformers_memory_efficient_attention()  # type: ignore[operator]
+            if hasattr(module, "set_use_memory_efficient_attention_xformers"):
+                module.set_use_memory_efficient_attention_xformers(valid, attention_op)  # type: ignore[operator]
 
     def _policies(self) -> dict[str, str]:
         """Component -> the kind of policy it has, for reports."""

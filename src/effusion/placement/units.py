@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_PEEK = re.compile(
-    r"\bself((?:\.\w+|\[[^\]]*\])+?)\.(?:weight|bias|in_proj_weight)\b(?!\s*\.(?:shape|size|ndim|numel))"
-)
+_WEIGHT = r"\.(?:weight|bias|in_proj_weight)\b(?!\s*\.(?:shape|size|ndim|numel))"
+_PEEK = re.compile(r"\bself((?:\.\w+|\[[^\]]*\])+?)" + _WEIGHT)
+_ITEM = re.compile(r"\b(\w+) = self\.(\w+)\[\w+\]")  # an item of a container, named first: PEFT's adapters
 _GENERAL = (
     "torch.nn.modules.module",
     "torch.nn.modules.container",
@@ -218,6 +218,9 @@ def peeked_names(cls: type[Any]) -> tuple[str, ...]:
             path = match.group(1).lstrip(".")
             if "[" not in path:
                 found.setdefault(path, None)
+        for item, container in _ITEM.findall(source):
+            if re.search(rf"\b{item}{_WEIGHT}", source):
+                found.setdefault(container, None)
     return tuple(found)
 
 
