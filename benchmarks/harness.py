@@ -82,17 +82,25 @@ def group_peak(folder: Path) -> int:
 
 
 def run_module(
-    name: str, *arguments: str, inside: Path | None = None, environment: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+    name: str, *arguments: str, inside: Path | None = None, environment: Mapping[str, str] | None = None,
+    limit: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `python -m benchmarks.NAME --child …` prints as JSON in its last line; in a control group if one is given.
 
+    Args:
+        limit: seconds after which it is stopped.
+
     Raises:
-        ChildFailed: it failed or was killed.
+        ChildFailed: it failed, was killed or stopped.
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", "--child", *arguments]
     enter = (lambda: (inside / "cgroup.procs").write_text(str(os.getpid()))) if inside else None
     env = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=enter)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"env": env, "capture_output": True, "text": True, "preexec_fn": enter, "timeout": limit}
+    try:
+        done = subprocess.run(command, **options)
+    except subprocess.TimeoutExpired:
+        raise ChildFailed(f"stopped after {limit:.0f} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         raise ChildFailed(f"killed (signal {-done.returncode})" if done.returncode < 0 else f"failed: {last}")

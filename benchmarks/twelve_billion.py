@@ -29,12 +29,12 @@ LIMIT = 4 << 30  # of the control group
 BUDGET = "3.4GB"  # for the run; what is left is for the process itself and the system's file cache
 SIZE, STEPS, TOKENS = 256, 2, 512
 BLOCKS = (19, 38)  # published numbers, of two kinds
+PATIENCE = 900  # seconds that a run may take
 FEW = (2, 4)  # those that are computed with in memory, to know how long computing takes
 HALF = torch.bfloat16
 ENCODERS: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 PEERS = {
     "peer-mapped": "peer, as loaded (mapped)",
-    "peer-sequential": "peer, sequential offload",
     "peer-group": "peer, group offload to disk",
 }
 
@@ -128,9 +128,7 @@ def peer(folder: Path, scratch: str, way: str) -> dict[str, Any]:
 
     pipe = FluxPipeline.from_pretrained(folder, torch_dtype=HALF, **ENCODERS)
     pipe.set_progress_bar_config(disable=True)
-    if way == "peer-sequential":
-        pipe.enable_sequential_cpu_offload(device="cpu")
-    elif way == "peer-group":
+    if way == "peer-group":
         pipe.transformer.enable_group_offload(
             torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=scratch
         )
@@ -182,7 +180,7 @@ def run(mode: str, folder: Path) -> dict[str, Any]:
     harness.drop_cache(folder.rglob("*.safetensors"))
     with harness.memory_group(LIMIT) as group, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
-            done = harness.run_module(NAME, mode, str(folder), scratch, inside=group)
+            done = harness.run_module(NAME, mode, str(folder), scratch, inside=group, limit=PATIENCE)
         except harness.ChildFailed as error:
             done = {"failed": str(error)}
         return {**done, "group": harness.group_peak(group)}

@@ -92,6 +92,8 @@ def test_weights_rest_in_smaller_forms_only_when_asked_for(pipe: Any, folder: Pa
     assert plan.switches["storage_dtype"] == form and not plan.exact
     assert {r.form for r in plan.of("transformer")} == {form} and {r.form for r in plan.of("vae")} == {"as stored"}
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == getattr(torch, form)
+    said = [float(n.split("are ")[1].split("%")[0]) for n in plan.notes if f"weights in {form}" in n]
+    assert len(said) == 3 and all((0.1, 1.5)[quality == "lossy"] < n < (0.5, 4.0)[quality == "lossy"] for n in said)
     cast = effusion.DiffusionPipeline.from_pretrained(folder)
     cast.set_progress_bar_config(disable=True)
     for name in ("text_encoder", "text_encoder_2", "transformer"):
@@ -102,6 +104,8 @@ def test_weights_rest_in_smaller_forms_only_when_asked_for(pipe: Any, folder: Pa
     assert again.exact and {r.form for r in again.rows} == {"as stored"}
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float32
     assert torch.equal(run(pipe), wanted)
+    spans = Mappings()
+    assert all(spans.span(p) is not None for p in pipe.transformer.parameters()), "they don't rest in their file again"
 
 
 def test_another_policy_undoes_the_forms_of_a_plan(pipe: Any) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..core import log
+from ..weights.slices import MappedFile, TensorSlice
 from .engine import Engine, engine_for, engine_of, neighbours
-from .sources import Mappings, Span
+from .sources import Mappings, Span, is_dense
 from .transform import Transform
 from .units import own_slots
 
@@ -19,6 +21,8 @@ logger = log.get_logger(__name__)
 CASTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CASTABLE += (nn.Linear, nn.Embedding)  # type: ignore[assignment]
 DEFAULT_SKIP_MODULES_PATTERN = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
+
+SAMPLE = 1 << 16  # values of a weight that are compared with what they were
 
 Pattern = str | Sequence[str] | None
 Classes = Sequence[type[nn.Module] | str] | None
@@ -31,7 +35,7 @@ def apply_layerwise_casting(
     skip_modules_pattern: str | tuple[str, ...] | None = "auto",
     skip_modules_classes: tuple[type[nn.Module] | str, ...] | None = None,
     non_blocking: bool = False,
-) -> None:
+) -> float:
     """Store the weights of the layers in ``module`` as ``storage_dtype``, compute with them in ``compute_dtype``.
 
     It goes with every way of offloading (small weights travel faster) and can be called again with
@@ -47,7 +51,9 @@ def apply_layerwise_casting(
         ValueError: dtypes that are no floating-point types, or a broken pattern.
     """
     _check_dtypes(storage_dtype=storage_dtype, compute_dtype=compute_dtype)
-    cast(module, layers_to_cast(module, skip_modules_pattern, skip_modules_classes), storage_dtype, compute_dtype)
+    return cast(
+        module, layers_to_cast(module, skip_modules_pattern, skip_modules_classes), storage_dtype, compute_dtype
+    )
 
 
 def usual_patterns(module: nn.Module) -> tuple[str, ...]:
@@ -120,12 +126,17 @@ def _is_a(module: nn.Module, what: type[nn.Module] | str) -> bool:
     return isinstance(module, what)
 
 
-def cast(module: nn.Module, layers: Sequence[nn.Module], storage: torch.dtype, compute: torch.dtype) -> None:
-    """Let the weights of ``layers``, all inside ``module``, rest in ``storage`` and compute in ``compute``."""
+def cast(module: nn.Module, layers: Sequence[nn.Module], storage: torch.dtype, compute: torch.dtype) -> float:
+    """Let the weights of ``layers``, all inside ``module``, rest in ``storage`` and compute in ``compute``.
+
+    Returns:
+        How far they are from what they were, relative to their norm; from a sample of each.
+    """
     engine = _serving(module)
     engine.unhoist()
     originals: dict[int, Span | None] = {}
     mappings = Mappings()
+    away = total = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for layer in layers:
             transform = engine.transforms.setdefault(layer, Transform(layer))
@@ -137,10 +148,21 @@ def cast(module: nn.Module, layers: Sequence[nn.Module], storage: torch.dtype, c
                     originals[id(tensor)] = mappings.span(tensor)
                     if originals[id(tensor)] is not None and slot.name not in transform.casts:
                         engine.originals[slot.module, slot.name] = (originals[id(tensor)], tensor.dtype, tensor.shape)
+                    before = _sample(tensor)
                     _retype(tensor, storage)
+                    away += float((_sample(tensor) - before).square().sum())
+                    total += float(before.square().sum())
                 transform.casts[slot.name] = (storage, compute)
     engine.rehome()
     engine.install()
+    return float((away / total) ** 0.5) if total else 0.0
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """The first values of ``tensor``, on the CPU."""
+    dense = is_dense(tensor)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,)) if dense else tensor.detach().flatten()
+    return flat[:SAMPLE].cpu().double()
 
 
 def uncast(module: nn.Module) -> None:
@@ -150,6 +172,7 @@ def uncast(module: nn.Module) -> None:
         return
     engine.unhoist()
     with torch.inference_mode(False), torch.no_grad():
+        files: dict[int, MappedFile] = {}
         for layer, transform in list(engine.transforms.items()):
             for name, (_, compute) in transform.casts.items():
                 store = layer._parameters if name in layer._parameters else layer._buffers
@@ -158,7 +181,7 @@ def uncast(module: nn.Module) -> None:
                 original = engine.originals.pop((layer, name), None)
                 if original is not None:
                     span, dtype, shape = original
-                    tensor.data = _read(span, dtype, shape).to(tensor.device)
+                    tensor.data = _mapped(span, dtype, shape, files).to(tensor.device)
                 elif tensor.dtype != compute:
                     _retype(tensor, compute)
             transform.casts = {}
@@ -192,11 +215,13 @@ def _retype(tensor: Tensor, dtype: torch.dtype) -> None:
     tensor.data = tensor.data.to(dtype)
 
 
-def _read(span: Span, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+def _mapped(span: Span, dtype: torch.dtype, shape: torch.Size, files: dict[int, MappedFile]) -> Tensor:
+    """The tensor in ``span``, mapped once more; the file is named by its descriptor, whatever has its name by now."""
     span.file.check()
-    raw = torch.empty(span.nbytes, dtype=torch.uint8)
-    span.file.read(memoryview(raw.numpy()), span.offset)
-    return raw.view(dtype).view(shape)
+    path = Path(f"/proc/self/fd/{span.file.fd}")
+    if span.file.fd not in files:
+        files[span.file.fd] = MappedFile(path)
+    return files[span.file.fd].tensor(TensorSlice(path, span.offset, span.nbytes, dtype, tuple(shape)))
 
 
 def recast(engine: Engine) -> None:

@@ -48,17 +48,24 @@ class PlanSwitches:
         if before is not None:
             switch(self.components, before.switches, False)
 
-    def _cast(self, plan: Plan | None) -> None:
-        """Let networks rest in the forms that ``plan`` gives them, those of the plan in force in theirs from before."""
+    def _cast(self, plan: Plan | None) -> tuple[str, ...]:
+        """Let networks rest in the forms that ``plan`` gives them, those of the plan in force in theirs from before.
+
+        Returns:
+            How far that takes their weights from what they were.
+        """
         before: Plan | None = self.__dict__.get("_plan")
         old, new = (_cast_by(p) if p is not None else {} for p in (before, plan))
         networks = self._networks()
         for name in old.keys() - new.keys():
             casting.uncast(networks[name])
+        notes = []
         for name, (storage, compute) in new.items():
             if name not in old:
                 module = networks[name]
-                casting.apply_layerwise_casting(module, storage, compute, casting.usual_patterns(module))
+                away = casting.apply_layerwise_casting(module, storage, compute, casting.usual_patterns(module))
+                notes.append(f"{name}: its weights in {str(storage)[6:]} are {away:.2%} from what they were")
+        return tuple(notes)
 
     def plan(
         self,
@@ -137,20 +144,20 @@ class PlanSwitches:
         unknown = sorted({row.component for row in plan.rows} - set(networks))
         if unknown:
             raise PlanConflict(f"the plan has rows for {unknown}; this pipeline's networks are {sorted(networks)}")
-        self._cast(plan)
+        notes = self._cast(plan)
         for name in networks:
             if plan.of(name):
                 _carry_out(name, networks[name], plan)
         self._end_plan()
         switch(self.components, plan.switches, True)
-        self.__dict__["_plan"] = plan
+        self.__dict__["_plan"] = plan.replace(notes=tuple(dict.fromkeys([*plan.notes, *notes])))
         return self
 
     def fit(self, memory: int | float | str | None = None, **options: Any) -> Plan:
         """:meth:`plan` and :meth:`apply`; returns the plan, to print."""
-        made = self.plan(memory, **options)
-        self.apply(made)
-        return made
+        self.apply(self.plan(memory, **options))
+        applied: Plan = self.__dict__["_plan"]
+        return applied
 
     def memory_report(self) -> MemoryReport:
         """What the last run under a plan was predicted to hold, and what it held: per stage, and over time.
