@@ -16,6 +16,7 @@ ALL = (
     "single_file",
     "gguf_linear",
     "forecast",
+    "budgets",
     "hoisting",
     "placement_memory",
     "placement_disk",
