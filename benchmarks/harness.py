@@ -81,10 +81,7 @@ def group_peak(folder: Path) -> int:
     return int((folder / (name if (folder / name).exists() else "memory.peak")).read_text())
 
 
-def run_module(
-    name: str, *arguments: str, inside: Path | None = None, environment: Mapping[str, str] | None = None,
-    limit: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def run_module(name: str, *arguments: str, inside: Path | None = None, limit: float | None = None) -> dict[str, Any]:
     """What `python -m benchmarks.NAME --child …` prints as JSON in its last line; in a control group if one is given.
 
     Args:
@@ -95,8 +92,7 @@ def run_module(
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", "--child", *arguments]
     enter = (lambda: (inside / "cgroup.procs").write_text(str(os.getpid()))) if inside else None
-    env = {**os.environ, **(environment or {})}
-    options: dict[str, Any] = {"env": env, "capture_output": True, "text": True, "preexec_fn": enter, "timeout": limit}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "preexec_fn": enter, "timeout": limit}
     try:
         done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:

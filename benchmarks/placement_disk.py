@@ -1,9 +1,8 @@
 """A UNet of Stable Diffusion 1.5's size, half precision on disk, float32 compute, in a quarter of its weights of memory.
 
 The memory control group (needs root) holds a quarter of the weights beside what a process has once it has imported torch
-and the library, which is measured first; malloc is told to give back what is freed (`MALLOC_MMAP_THRESHOLD_`). The file
-cache is dropped before each run. Time per step beside the time to read the weights and the time to compute with everything
-resident, and the peak of the control group.
+and the library, which is measured first. The file cache is dropped before each run. Time per step beside the time to read
+the weights and the time to compute with everything resident, and the peak of the control group.
 
 The peer runs in such a group too, set up as its guide says: layerwise casting, then group offloading to disk. Streams,
 which would read ahead, need an accelerator there.
@@ -26,8 +25,7 @@ import effusion
 from . import harness
 
 NAME = "placement_disk"
-SIZE, STEPS = 256, 2  # pixels, calls of which the faster one counts
-DIRECT = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # for runs at the limit: what is freed goes back to the system
+SIZE, STEPS = 256, 3  # pixels, calls of which the fastest one counts
 _BASE = "import torch, {0}; {0}.UNet2DConditionModel; report(bytes=status('VmHWM:'))"
 
 
@@ -64,7 +62,7 @@ def confined(folder: Path, mode: str, limit: int) -> tuple[dict[str, float], int
     harness.drop_cache(folder.glob("*.safetensors"))
     try:
         with harness.memory_group(limit) as group, tempfile.TemporaryDirectory(dir=folder) as scratch:
-            found = harness.run_module(NAME, mode, str(folder), scratch, inside=group, environment=DIRECT)
+            found = harness.run_module(NAME, mode, str(folder), scratch, inside=group)
             return found, harness.group_peak(group)
     except OSError as error:
         raise harness.NotHere(f"needs a memory control group of its own ({error.strerror})") from error

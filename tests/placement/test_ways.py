@@ -131,6 +131,26 @@ def test_no_room_is_taken_of_what_a_looser_run_has_left_free() -> None:
     assert len(keep) == 32
 
 
+def test_room_is_made_for_a_large_unit_where_there_is_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effusion.placement import apply_group_offloading, engine
+
+    monkeypatch.setattr(engine, "LARGE", 1000)
+    made: list[int] = []
+    monkeypatch.setattr(pages, "trim", lambda: made.append(1))
+    net = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(4, 4))
+    apply_group_offloading(net, "cpu", offload_type="leaf_level")
+    held = engine_of(net)
+    assert held is not None
+    held.always_travel = True
+    held.install()
+    monkeypatch.setattr(pages, "available_ram", lambda: 1 << 40)
+    net[0](torch.zeros(1, 40))
+    assert not made
+    monkeypatch.setattr(pages, "available_ram", lambda: engine.COPIES * 40 * 40 * 4 - 1)
+    net[0](torch.zeros(1, 40)), net[1](torch.zeros(1, 4))
+    assert made == [1]
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MADV_RANDOM"), reason="the system takes no advice")
 def test_reading_what_stays_brings_in_nothing_else(tmp_path: Path) -> None:
     from safetensors.torch import save_file

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import log
 from ..core.errors import BudgetError, PlanConflict
-from . import homes, machine
+from . import homes, machine, pages
 from . import lender as lending
 from .arena import layout, tensors_in
 from .lane import Cargo, Lane, lane_to, version
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 CACHE = 75  # percent of the memory that is available which the file cache may count on
+LARGE = 8 << 20  # bytes of a unit for which it is worth asking whether there is room
+COPIES = 6  # of a unit's bytes that computing with it may take: decoded to twice its size, and put into another order
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -284,6 +286,8 @@ class Engine:
             unit.in_place = True
             return
         lane = lane_to(unit.device)
+        if unit.device.type == "cpu" and unit.row.nbytes >= LARGE:
+            pages.make_room(COPIES * unit.row.nbytes)
         slots, rests = self._travelling(unit)
         cargo, unit.coming = unit.coming, None
         if cargo is not None and not cargo.current(rests):

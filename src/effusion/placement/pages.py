@@ -13,6 +13,8 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
+from .machine import available_ram
+
 _DIRECT = 128 << 10  # bytes from which memory comes from the system
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's settings
 _MAPPED = 2  # glibc's mark in front of memory that came from the system directly
@@ -73,6 +75,12 @@ def trim() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def make_room(nbytes: int) -> None:
+    """Give back what is free in the heap if ``nbytes`` may not be there otherwise (in a container, say)."""
+    if available_ram() < nbytes:
+        trim()
 
 
 _LIBRARIES = 24 << 20  # bytes of code and buffers that torch's libraries bring in with the first run
