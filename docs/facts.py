@@ -1,4 +1,5 @@
-"""Prints the table of what works, read off the library itself; with ``--write`` puts it into the README.
+"""Prints the table of what works, read off the library itself, and the figures that the benchmarks' page leads with; with
+``--write`` puts them into the README.
 
 A family is listed with the tasks that have a class of their own.
 """
@@ -14,7 +15,16 @@ import effusion
 from effusion.core import registry
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-MARK = re.compile(r"(<!-- facts -->\n).*?(<!-- /facts -->)", re.DOTALL)
+BENCHMARKS = Path(__file__).with_name("benchmarks.md")
+HEADLINES = {  # section of the page -> beginnings of its rows
+    "import_time": ("`import` the library",),
+    "cold_start": ("start to picture",),
+    "loading": ("float16 file as float32: wall |", "float32 file as float32: wall |"),
+    "single_file": ("SD 1.5, float16 file as float32: wall |", "SD 1.5, float16 file as float32: peak |"),
+    "schedulers": ("**all but 2**",),
+    "gguf_linear": ("Q4_K, 3072 to 12288, bfloat16", "Q8_0, 3072 to 12288, bfloat16"),
+    "transformer_forward": ("FLUX.1",),
+}
 TASKS = {"text2image": "text to image", "image2image": "image to image", "inpaint": "inpaint"}
 
 
@@ -41,6 +51,25 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured() -> str:
+    """The rows of :data:`HEADLINES`: what, ours, the peer's, ratio."""
+    page = BENCHMARKS.read_text(encoding="utf-8")
+    lines = ["| | Effusion | peer | ratio |", "|---|---|---|---|"]
+    for section, starts in HEADLINES.items():
+        body = page.partition(f"<!-- {section} -->")[2].partition(f"<!-- /{section} -->")[0]
+        title = body.partition("## ")[2].partition("\n")[0]
+        for row in (r for r in body.splitlines() if r.startswith(tuple(f"| {s}" for s in starts))):
+            what, ours, peers, ratio = (cell.strip() for cell in row.strip("| ").split(" | ")[:4])
+            lines.append(f"| {title}: {what} | {ours} | {peers} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def put(text: str, mark: str, page: str) -> str:
+    """``page`` with ``text`` between its marks."""
+    between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    return between.sub(lambda m: m[1] + text + m[2], page)
+
+
 def subclasses(package: str, base: type) -> list[str]:
     """The public names in ``package`` that are classes derived from ``base``."""
     found = {name: getattr(effusion, name) for name in registry.names_under(package)}
@@ -48,7 +77,8 @@ def subclasses(package: str, base: type) -> list[str]:
 
 
 if __name__ == "__main__":
-    text = table()
-    print(text)
+    facts, figures = table(), measured()
+    print(facts, figures, sep="\n")
     if "--write" in sys.argv[1:]:
-        README.write_text(MARK.sub(lambda m: m[1] + text + m[2], README.read_text(encoding="utf-8")), encoding="utf-8")
+        page = put(figures, "measured", put(facts, "facts", README.read_text(encoding="utf-8")))
+        README.write_text(page, encoding="utf-8")

@@ -15,6 +15,7 @@ from torch import nn
 
 from effusion.placement.forecast import Speed, part_of, seconds
 from effusion.placement.rehearsal import Rehearsed, rehearse
+from effusion.placement.sources import Mappings
 from effusion.placement.workspaces import workspace
 
 from .parts import part
@@ -117,6 +118,16 @@ def test_weights_that_are_not_used_are_not_counted() -> None:
 
     found = part_of("net", half := Half(), _rehearsed(half, torch.zeros(1, 100)), 1, torch.device("cpu"))
     assert found.cost == found.nbytes // 2
+
+
+def test_small_buffers_do_not_keep_weights_in_memory() -> None:
+    """A network without weights has its tables all the same; they are computed, not loaded."""
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(20_000, 20_000))
+    net.register_buffer("table", torch.zeros(1 << 20))  # 4 MiB beside 1.6 GB
+    cpu = torch.device("cpu")
+    assert not part_of("net", net, Rehearsed(), 1, cpu, Mappings()).bound
+    assert part_of("net", nn.Linear(1000, 1000), Rehearsed(), 1, cpu, Mappings()).bound
 
 
 def test_planning_leaves_the_random_numbers_and_the_network_alone() -> None:

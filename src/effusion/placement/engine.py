@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 CACHE = 75  # percent of the memory that is available which the file cache may count on
-LARGE = 8 << 20  # bytes of a unit for which it is worth asking whether there is room
+LARGE = 32 << 20  # bytes of a unit for which it is worth asking whether there is room
 COPIES = 6  # of a unit's bytes that computing with it may take: decoded to twice its size, and put into another order
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
