@@ -285,7 +285,8 @@ class Sizes:
 def _bound(groups: Sequence[Group], mappings: Mappings, restored: Collection[tuple[nn.Module, str]] = ()) -> bool:
     """Whether weights of any size are views of no file, and not ``restored`` to such either."""
     slots = {id(s.tensor): s for g in groups for s in g.slots}.values()
-    there = [s for s in slots if not s.tensor.is_meta and (s.module, s.name) not in restored]
-    loose = [s for s in there if mappings.span(s.tensor) is None]
+    if any(s.tensor.is_meta for s in slots):
+        return False  # nothing was loaded yet; what is there all the same was computed
+    loose = [s for s in slots if mappings.span(s.tensor) is None and (s.module, s.name) not in restored]
     total = sum(s.tensor.nbytes for s in slots)
     return sum(s.tensor.nbytes for s in loose) > max(total // 100, 1 << 20)  # small buffers may stay
