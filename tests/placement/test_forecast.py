@@ -124,7 +124,7 @@ def test_small_buffers_do_not_keep_weights_in_memory() -> None:
     """A network without weights has its tables all the same; they are computed, not loaded."""
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(20_000, 20_000))
-    net.register_buffer("table", torch.zeros(1 << 20))  # 4 MiB beside 1.6 GB
+    net.register_buffer("table", torch.zeros(8 << 20))  # 32 MiB beside 1.6 GB
     cpu = torch.device("cpu")
     assert not part_of("net", net, Rehearsed(), 1, cpu, Mappings()).bound
     assert part_of("net", nn.Linear(1000, 1000), Rehearsed(), 1, cpu, Mappings()).bound
