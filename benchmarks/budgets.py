@@ -14,8 +14,8 @@ from typing import Any
 from . import small
 from .harness import ROOT, child, main, table
 
-FAMILIES = ("Stable Diffusion", "FLUX.1", "PixArt-Sigma")
-SIZE, STEPS, BUDGETS = 192, 4, 8
+FAMILIES = ("FLUX.1",)
+SIZE, STEPS, BUDGETS = 128, 3, 8
 
 CODE = """
 import sys, time

@@ -121,13 +121,14 @@ def inspect_rows(folder: Path, repeat: int) -> list[list[str]]:
     return [[label, harness.median([r["seconds"] for r in runs], 3), "–", f"{read / 2**20:.2f} MiB read"]]
 
 
-def measure(repeat: int) -> str:
+def measure(repeat: int, only: str) -> str:
     """Half-precision file to float32, float32 file to half, and as stored."""
     base = os.environ.get("BENCHMARK_DIR")
     with tempfile.TemporaryDirectory(dir=base) as text:
         folder = Path(text)
         rows = inspect_rows(folder, repeat)
-        for size, pipe in pipelines(folder).items():
+        chosen = {n: p for n, p in pipelines(folder).items() if only in ("", n)}
+        for size, pipe in chosen.items():
             save_configs(pipe, folder / size)
             for stored, dtype in (("float16", "float32"), ("float32", "float16"), ("float16", "float16")):
                 file = folder / f"{size} {stored}.safetensors"
@@ -139,7 +140,8 @@ def measure(repeat: int) -> str:
                        for n in (harness.OURS, harness.PEER)},
                 )  # fmt: skip
                 rows += rows_of(f"{size}, {stored} file as {dtype}", runs)
-    return harness.table(["", "Effusion", "peer", "ratio"], rows)
+    text = harness.table(["", "Effusion", "peer", "ratio"], rows)
+    return f"{text}\n\nOf the pipelines, only {only} was run." if only else text
 
 
 def rows_of(label: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
@@ -154,4 +156,4 @@ def rows_of(label: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]
 
 
 if __name__ == "__main__":
-    harness.main("single_file", "Loading one file in the original layout", measure, repeat=3)
+    harness.main("single_file", "Loading one file in the original layout", measure, repeat=3, options={"only": ""})

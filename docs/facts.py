@@ -19,8 +19,7 @@ BENCHMARKS = Path(__file__).with_name("benchmarks.md")
 HEADLINES = {  # section of the page -> beginnings of its rows
     "import_time": ("`import` the library",),
     "cold_start": ("start to picture",),
-    "loading": ("float16 file as float32: wall |", "float32 file as float32: wall |"),
-    "single_file": ("SD 1.5, float16 file as float32: wall |", "SD 1.5, float16 file as float32: peak |"),
+    "loading": ("float32 file as float32: wall |", "float16 file as float32: peak, every weight read once"),
     "schedulers": ("**all but 2**",),
     "gguf_linear": ("Q4_K, 3072 to 12288, bfloat16", "Q8_0, 3072 to 12288, bfloat16"),
     "transformer_forward": ("FLUX.1",),
