@@ -16,6 +16,7 @@ import effusion
 from effusion.placement.hoisting import Hoistable, foresee, hoistable, unhoist
 
 from .harness import alternate, main, median, ratio, table
+from .unet_step import SDXL
 
 STEPS = 28
 HALF = torch.bfloat16
@@ -62,13 +63,7 @@ def stable_diffusion_3() -> tuple[Any, Calls]:
 
 
 def sdxl() -> tuple[Any, Calls]:
-    make = lambda: effusion.UNet2DConditionModel(  # noqa: E731
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+    make = lambda: effusion.UNet2DConditionModel(**SDXL)  # noqa: E731
     more = {"text_embeds": known(2, 1280), "time_ids": known(2, 6)}
     fixed = {"encoder_hidden_states": known(2, 77, 2048), "added_cond_kwargs": more}
     return make, [((unknown(2, 4, 128, 128), torch.tensor(t)), fixed) for t in (999.0, 499.0)]

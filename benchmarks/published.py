@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import effusion
 from effusion.weights.safetensors_file import DTYPE_NAMES
 
+from .unet_step import SDXL
+
 DTYPE = torch.bfloat16
 
 
@@ -74,13 +76,7 @@ def flux(short: Any, long: Any, scheduler: Any) -> Any:
 
 
 def sdxl(short: Any, long: Any, scheduler: Any) -> Any:
-    unet = effusion.UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+    unet = effusion.UNet2DConditionModel(**SDXL)
     return effusion.StableDiffusionXLPipeline(
         vae=_vae(4), text_encoder=_clip(projection=False), text_encoder_2=_clip(large=True), tokenizer=short,
         tokenizer_2=short, unet=unet, scheduler=scheduler,
