@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"hooks(\.(group_offloading|layerwise_casting))?", ("placement.policies", "placement.casting")),
     (r"utils\.export_utils", ("blocks.video",)),
     (r"utils\.loading_utils", ("blocks.pictures",)),
+    (r"utils\.hub_utils", ("core.publish",)),
     (r"utils\.logging", ("core.log",)),
     (r"utils\.outputs", ("core.outputs",)),
     (r"utils\.pil_utils", ("blocks.pictures", "blocks.images")),

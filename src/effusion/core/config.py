@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from . import hub, log
+from . import hub, log, publish
 from .errors import CheckpointError
 
 FORMAT_VERSION = "0.42.1"
@@ -183,7 +183,7 @@ class ConfigMixin:
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / self.config_name)
         if push_to_hub:
-            hub.upload_folder(folder, **kwargs)
+            publish.upload(self, folder, **kwargs)
 
     def to_json_string(self) -> str:
         """The configuration as JSON text, as written to disk."""

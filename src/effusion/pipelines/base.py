@@ -15,6 +15,7 @@ from ..blocks import engine
 from ..blocks.images import VaeImageProcessor
 from ..core import log
 from ..core.config import ConfigMixin
+from ..core.publish import PushToHubMixin
 from ..core.types import State, Step
 from ..families.base import Family
 from ..placement.pipeline_switches import PipelineSwitches
@@ -27,7 +28,7 @@ logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
+class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin, PushToHubMixin):
     """Components (networks, tokenizers, a scheduler) and a way to run them.
 
     Load any pipeline with :meth:`from_pretrained`; the folder says which class it is.
@@ -113,9 +114,18 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
         """Load a pipeline from a folder or a repository on the hub; see :func:`~.loading.load_pipeline`."""
         return loading.load_pipeline(cls, pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save every component and ``model_index.json``; see :func:`~.loading.save_pipeline`."""
-        loading.save_pipeline(self, save_directory, **kwargs)
+        how = (safe_serialization, variant, max_shard_size, push_to_hub)
+        loading.save_pipeline(self, save_directory, *how, **kwargs)
 
     @classmethod
     def from_single_file(cls: type[Self], pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:
