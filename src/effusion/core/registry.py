@@ -101,6 +101,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         "MultiPipelineCallbacks",
         "SDCFGCutoffCallback",
         "SDXLCFGCutoffCallback",
+        "SDXLControlnetCFGCutoffCallback",
+        "SD3CFGCutoffCallback",
     ),
     "effusion.pipelines.stable_diffusion": (
         "StableDiffusionPipeline",
