@@ -518,6 +518,14 @@ def test_auto_pipelines_say_what_they_lack(ours: Pipes, checkpoint: Checkpoints)
             make()
 
 
+def test_what_a_class_has_no_use_for_is_found_again_when_sharing_back(ours: Pipes, theirs: Pipes) -> None:
+    for library, pipes in ((effusion, ours), (diffusers, theirs)):
+        there = library.AutoPipelineForText2Image.from_pipe(pipes(XL_I2I, "refiner"))
+        assert "requires_aesthetics_score" not in there.config
+        back = library.AutoPipelineForImage2Image.from_pipe(there)
+        assert back.config.requires_aesthetics_score is True
+
+
 def test_auto_pipelines_are_not_built_directly() -> None:
     with pytest.raises(OSError, match="from_pretrained"):
         effusion.AutoPipelineForText2Image()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..families import stable_diffusion_xl as sdxl
 from .base import DiffusionPipeline
+from .facts import live, native_size
 from .outputs import StableDiffusionXLPipelineOutput
 
 Size = tuple[int, int]
@@ -29,6 +30,9 @@ class StableDiffusionXLBase(DiffusionPipeline):
         "feature_extractor",
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"]
+
+    denoising_start = live("denoising_start", "The part of the run that another pipeline has done.")
+    denoising_end = live("denoising_end", "The part of the run after which another pipeline goes on.")
 
     def encode_prompt(
         self,
@@ -63,6 +67,7 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase):
     """Text to image with Stable Diffusion XL; ``denoising_end`` hands over to a refiner."""
 
     task = "text2image"
+    default_sample_size = native_size("unet")
 
     def __init__(
         self,
