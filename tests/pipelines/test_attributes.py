@@ -297,3 +297,44 @@ def test_the_current_timestep_is_known_while_the_network_runs(ours: Pipes) -> No
     hook.remove()
     assert seen == list(pipe.scheduler.timesteps)
     assert pipe.current_timestep is None
+
+
+# -- switches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("face", "name"), [("StableDiffusionPipeline", "sd"), ("StableDiffusionXLPipeline", "xl")])
+def test_freeu_and_fused_projections_equal_the_peers(face: str, name: str, ours: Pipes, theirs: Pipes) -> None:
+    mine, peer = ours(face, name), theirs(face, name)
+    plain = call(mine)
+    for pipe in (mine, peer):
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    free = call(mine)
+    assert relative(free, call(peer)) <= RELATIVE
+    assert not torch.equal(free, plain)
+    for pipe in (mine, peer):
+        pipe.disable_freeu()
+        pipe.fuse_qkv_projections()
+        assert (pipe.fusing_unet, pipe.fusing_vae) == (True, True)
+    assert relative(call(mine), call(peer)) <= RELATIVE
+    assert any("Fused" in type(p).__name__ for p in mine.unet.attn_processors.values()) or mine.fusing_unet
+    for pipe in (mine, peer):
+        pipe.unfuse_qkv_projections(vae=False)
+        assert (pipe.fusing_unet, pipe.fusing_vae) == (False, True)
+        pipe.unfuse_qkv_projections(unet=False)
+        assert (pipe.fusing_unet, pipe.fusing_vae) == (False, False)
+    assert torch.equal(call(mine), plain)
+
+
+def test_switches_that_a_network_lacks_are_explained(ours: Pipes, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = ours("StableDiffusionPipeline", "sd-taesd")
+    with pytest.raises(ValueError, match=r"`vae` that has it.*AutoencoderTiny"):
+        pipe.fuse_qkv_projections()
+    assert not pipe.fusing_unet, "half of it was done"
+    pipe.unfuse_qkv_projections()
+    assert "not fused" in caplog.text
+
+    class Community(effusion.DiffusionPipeline, effusion.StableDiffusionMixin):
+        pass
+
+    with pytest.raises(ValueError, match="no such component"):
+        Community().enable_freeu(1, 1, 1, 1)

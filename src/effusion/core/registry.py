@@ -80,6 +80,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     # pipelines
     "effusion.pipelines.single_file": ("load",),
     "effusion.pipelines.base": ("DiffusionPipeline",),
+    "effusion.pipelines.mixins": ("StableDiffusionMixin",),
     "effusion.pipelines.modular": ("ModularPipeline",),
     "effusion.pipelines.auto": (
         "AutoPipeline",

@@ -10,12 +10,13 @@ from torch import Tensor
 from ..families import stable_diffusion_xl as sdxl
 from .base import DiffusionPipeline
 from .facts import live, native_size
+from .mixins import StableDiffusionMixin
 from .outputs import StableDiffusionXLPipelineOutput
 
 Size = tuple[int, int]
 
 
-class StableDiffusionXLBase(DiffusionPipeline):
+class StableDiffusionXLBase(StableDiffusionMixin, DiffusionPipeline):
     """What the faces of Stable Diffusion XL share: components and ``encode_prompt``."""
 
     family = sdxl.STABLE_DIFFUSION_XL
