@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
+import types
 import warnings
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import diffusers
@@ -297,6 +300,62 @@ def test_the_current_timestep_is_known_while_the_network_runs(ours: Pipes) -> No
     hook.remove()
     assert seen == list(pipe.scheduler.timesteps)
     assert pipe.current_timestep is None
+
+
+# -- a mark in the pictures ----------------------------------------------------------------------
+
+
+class Encoder:
+    """In place of the package's: adds the bits to the first pixels of the blue channel."""
+
+    def set_watermark(self, kind: str, content: list[int]) -> None:
+        assert kind == "bits"
+        self.content = content
+
+    def encode(self, picture: Any, method: str) -> Any:
+        assert method == "dwtDct"
+        marked = picture.copy()
+        marked[0, : len(self.content), 0] += self.content
+        return marked
+
+
+def test_watermarks_equal_the_peers(monkeypatch: pytest.MonkeyPatch, ours: Pipes) -> None:
+    package = types.ModuleType("imwatermark")
+    package.WatermarkEncoder = Encoder  # type: ignore[attr-defined]
+    package.__spec__ = ModuleSpec("imwatermark", None)
+    monkeypatch.setitem(sys.modules, "imwatermark", package)
+    from diffusers.pipelines.stable_diffusion_xl import watermark as theirs
+
+    from effusion.pipelines.stable_diffusion_xl import watermarker
+
+    monkeypatch.setattr(theirs, "WatermarkEncoder", Encoder, raising=False)
+    watermarker.cache_clear()
+    pixels = tensor(2, 3, 256, 256).clamp(-1, 1)
+    mine, peer = watermarker(), theirs.StableDiffusionXLWatermarker()
+    assert torch.equal(mine.apply_watermark(pixels), peer.apply_watermark(pixels))
+    assert not torch.equal(mine.apply_watermark(pixels), pixels)
+    assert mine.apply_watermark(pixels[..., :128]).shape[-1] == 128
+    pipe = ours("StableDiffusionXLPipeline", "xl")
+    assert pipe.watermark is mine, "the package is there, so pictures are marked"
+    inputs = {"output_type": "pt", "num_inference_steps": 1, "height": 256, "width": 256}
+    marked = call(pipe, **inputs)
+    pipe.watermark = None
+    plain = call(pipe, **inputs)
+    assert not torch.equal(marked, plain)
+    assert torch.allclose(marked[:, :2], plain[:, :2], atol=1e-6)
+    without = effusion.StableDiffusionXLPipeline(**pipe.components, add_watermarker=False)
+    assert without.watermark is None
+    watermarker.cache_clear()
+
+
+def test_a_watermark_without_the_package_is_refused(ours: Pipes) -> None:
+    if effusion.utils.is_invisible_watermark_available():
+        pytest.skip("the package is there")
+    pipe = ours("StableDiffusionXLPipeline", "xl")
+    assert pipe.watermark is None
+    asked = effusion.StableDiffusionXLPipeline(**pipe.components, add_watermarker=True)
+    with pytest.raises(ImportError, match=r"effusion\[watermark\]"):
+        asked("a cat", num_inference_steps=1)
 
 
 # -- switches ------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"models\.(autoencoders|controlnets|transformers|unets)(\.\w+)?", ("models",)),
     (r"models\.unet_2d(_condition)?", ("models",)),
     (r"pipelines\.stable_diffusion\.safety_checker", ("models.safety_checker",)),
+    (r"pipelines\.stable_diffusion_xl\.watermark", ("blocks.watermark",)),
     (r"pipelines\.(auto_pipeline|pipeline_utils|ddim|ddpm|latent_consistency_models)", ("pipelines",)),
     (r"pipelines\.(controlnet_sd3|pixart_alpha|qwenimage)", ("pipelines",)),
     (r"pipelines\.\w+\.(pipeline|modeling)_\w+", ("pipelines", "models")),

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks.watermark import watermarker
+from ..core.optional import is_available
 from ..families import stable_diffusion_xl as sdxl
 from .base import DiffusionPipeline
-from .facts import live, native_size
+from .facts import fact, live, native_size
 from .mixins import StableDiffusionMixin
 from .outputs import StableDiffusionXLPipelineOutput
 
@@ -34,6 +36,20 @@ class StableDiffusionXLBase(StableDiffusionMixin, DiffusionPipeline):
 
     denoising_start = live("denoising_start", "The part of the run that another pipeline has done.")
     denoising_end = live("denoising_end", "The part of the run after which another pipeline goes on.")
+
+    @fact
+    def watermark(self) -> Any:
+        """What marks the pictures: if ``add_watermarker`` says so or, where it says nothing, if the package is there.
+
+        ``None``, or anything with a method ``apply_watermark``, may be assigned.
+        """
+        wanted = self.config.get("add_watermarker")
+        wanted = is_available("imwatermark") if wanted is None else wanted
+        return watermarker() if wanted else None
+
+    def _context(self) -> dict[str, Any]:
+        rehearsing = "_rehearsing" in self.__dict__  # for a plan: pixels without values
+        return {**super()._context(), "watermark": None if rehearsing else self.watermark}
 
     def encode_prompt(
         self,
