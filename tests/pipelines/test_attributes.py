@@ -397,3 +397,36 @@ def test_switches_that_a_network_lacks_are_explained(ours: Pipes, caplog: pytest
 
     with pytest.raises(ValueError, match="no such component"):
         Community().enable_freeu(1, 1, 1, 1)
+
+
+# -- a pipeline without its VAE ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("face", "name", "inputs"),
+    [
+        ("StableDiffusionPipeline", "sd", {}),
+        ("StableDiffusionXLPipeline", "xl", {}),
+        ("StableDiffusion3Pipeline", "sd3", {}),
+        ("FluxPipeline", "flux", {"max_sequence_length": 16}),
+        ("QwenImagePipeline", "qwen", {"prompt": None, "prompt_embeds": tensor(1, 7, 16)}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_latents_without_a_vae_equal_the_peers(
+    face: str, name: str, inputs: dict[str, Any], ours: Pipes, theirs: Pipes
+) -> None:
+    """Denoising on one machine, decoding on another."""
+    got = []
+    for library, pipes in ((effusion, ours), (diffusers, theirs)):
+        pipe = getattr(library, face)(**{**pipes(face, name).components, "vae": None})
+        pipe.set_progress_bar_config(disable=True)
+        got.append(call(pipe, height=64, width=48, **inputs))
+        assert pipe.vae_scale_factor == 8
+    assert relative(*got) <= RELATIVE
+
+
+def test_pictures_without_a_vae_are_refused_before_any_step(ours: Pipes) -> None:
+    pipe = effusion.StableDiffusionPipeline(**{**ours("StableDiffusionPipeline", "sd").components, "vae": None})
+    with pytest.raises(ValueError, match=r"no `vae`.*output_type='latent'"):
+        call(pipe, output_type="pil")

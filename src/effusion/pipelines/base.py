@@ -199,6 +199,8 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
     def _begin(self, inputs: Mapping[str, Any]) -> State:
         state = State()
         state.update({**self.family.defaults.get(self.task, {}), **self._with_assigned_size(inputs)})
+        if state.get("output_type") not in (None, "latent") and self.components.get("vae", self) is None:
+            raise ValueError("this pipeline has no `vae`: load one, or pass output_type='latent'")
         self._interrupt, self._current_timestep = False, None
         for name in LIVE:
             setattr(self, f"_{name}", state.get(name))
