@@ -6,6 +6,7 @@ them: a redirect to another address, with the hash in ``X-Linked-Etag``; ranges 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -32,6 +33,7 @@ class Repo:
     name: str
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)  # of the commits that were uploaded
     gated: bool = False
     private: bool = False
 
@@ -128,9 +130,47 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        self.rfile.read(length)
-        self.error(404, "EntryNotFound")
+        """What an upload asks for: a repository, where files should go, and a commit of them."""
+        url = urlsplit(self.path)
+        path, body, self.with_body = (
+            unquote(url.path),
+            self.rfile.read(int(self.headers.get("Content-Length", 0))),
+            True,
+        )
+        self.hub.requests.append(("POST", path, url.query))
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.error(401, "RepoNotFound")
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        upload = re.fullmatch(r"/api/models/(.+?)/(preupload|commit)/([^/]+)", path)
+        if upload is None or upload[1] not in self.hub.repos:
+            return self.error(404, "RepoNotFound")
+        if upload[2] == "preupload":
+            files = [f["path"] for f in json.loads(body)["files"]]
+            return self.send_json(
+                {"files": [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        return self.commit(self.hub.repos[upload[1]], body, "create_pr" in url.query)
+
+    def create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if name in self.hub.repos:
+            return self.send_json({"url": f"{self.hub.url}/{name}"}, 409)
+        private = asked.get("private", False) or asked.get("visibility") == "private"
+        self.hub.repos[name] = Repo(name, private=private)
+        self.hub.repos[name].commit({})
+        return self.send_json({"url": f"{self.hub.url}/{name}"})
+
+    def commit(self, repo: Repo, body: bytes, proposed: bool) -> None:
+        lines = [json.loads(line) for line in body.splitlines()]
+        files = {e["value"]["path"]: base64.b64decode(e["value"]["content"]) for e in lines if e["key"] == "file"}
+        sha = repo.commit({**repo.commits[repo.refs["main"]], **files}, "refs/pr/1" if proposed else "main")
+        repo.messages[sha] = lines[0]["value"]["summary"]
+        url = f"{self.hub.url}/{repo.name}"
+        pull = {"pullRequestUrl": f"{url}/discussions/1"} if proposed else {}
+        self.send_json({"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", **pull})
 
     def answer(self, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -198,10 +238,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
 
-    def send_json(self, value: Any) -> None:
-        self.send_bytes(json.dumps(value).encode(), {"Content-Type": "application/json"}, "")
+    def send_json(self, value: Any, status: int = 200) -> None:
+        self.send_bytes(json.dumps(value).encode(), {"Content-Type": "application/json"}, "", status)
 
-    def send_bytes(self, data: bytes, headers: dict[str, str], path: str) -> None:
+    def send_bytes(self, data: bytes, headers: dict[str, str], path: str, status: int = 200) -> None:
         fault = self.hub.faults.pop(path, None) if self.with_body and path in self.hub.faults else None
         if fault == "500":
             return self.error(500, "")
@@ -211,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         part = data[start:stop]
         if fault == "garbage":
             part = bytes(byte ^ 0x5A for byte in part)
-        self.send_response(206 if asked else 200)
+        self.send_response(206 if asked else status)
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
         for key, value in {"Accept-Ranges": "bytes", **headers, "Content-Length": str(len(part))}.items():

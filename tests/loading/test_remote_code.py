@@ -135,6 +135,25 @@ def test_from_the_hub_pinned_to_one_commit(hub: HubServer, folder: Path, canary:
     assert third.sign == "third"
 
 
+def test_sharing_with_a_custom_pipeline(folder: Path, canary: Path) -> None:
+    add_pipeline(folder.parent, canary)
+    pipe = effusion.StableDiffusionPipeline.from_pretrained(folder)
+    place = str(folder.parent)
+    for wish in ({}, {"trust_remote_code": False}, {"trust_remote_code": "yes"}):
+        with pytest.raises(UntrustedCode, match="trust_remote_code=True"):
+            effusion.DiffusionPipeline.from_pipe(pipe, custom_pipeline=place, **wish)
+    assert not canary.exists()
+    shared = effusion.DiffusionPipeline.from_pipe(
+        pipe, custom_pipeline=place, trust_remote_code=True, requires_safety_checker=True
+    )
+    assert shared.sign == "first"
+    assert shared.unet is pipe.unet
+    assert shared.config.requires_safety_checker is True
+    assert shared.config["_name_or_path"] == str(folder)
+    other = effusion.StableDiffusionImg2ImgPipeline.from_pipe(pipe, trust_remote_code=True)
+    assert type(other) is effusion.StableDiffusionImg2ImgPipeline
+
+
 def test_what_is_run_is_what_was_read(folder: Path, canary: Path) -> None:
     add_pipeline(folder, canary)
     code = remote.read_folder(folder)

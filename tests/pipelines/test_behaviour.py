@@ -107,7 +107,12 @@ def test_a_callback_may_replace_the_mask(name: str, ours: Pipes, theirs: Pipes) 
 
 
 @pytest.mark.parametrize(
-    ("face", "name", "callback"), [(SD, "sd", "SDCFGCutoffCallback"), (XL, "xl", "SDXLCFGCutoffCallback")]
+    ("face", "name", "callback"),
+    [
+        (SD, "sd", "SDCFGCutoffCallback"),
+        (XL, "xl", "SDXLCFGCutoffCallback"),
+        ("StableDiffusion3Pipeline", "sd3", "SD3CFGCutoffCallback"),
+    ],
 )
 @pytest.mark.parametrize(
     "when", [{"cutoff_step_ratio": 0.5}, {"cutoff_step_ratio": None, "cutoff_step_index": 1}], ids=str
@@ -120,7 +125,8 @@ def test_cutting_guidance_off_equals_the_peers(
 
     evaluated = []
     pipe = ours(face, name)
-    hook = pipe.unet.register_forward_pre_hook(lambda m, args: evaluated.append(args[0].shape[0]))
+    network = pipe.components[pipe.family.denoiser]
+    hook = network.register_forward_hook(lambda m, args, out: evaluated.append(out[0].shape[0]))
     a = latents_of(pipe, callback_on_step_end=official(effusion))
     hook.remove()
     b = latents_of(theirs(face, name), callback_on_step_end=official(diffusers.callbacks))
@@ -145,6 +151,38 @@ def test_several_callbacks_act_in_order(ours: Pipes) -> None:
     together = effusion.MultiPipelineCallbacks([Note("a"), Note("b")])
     latents_of(ours(SD, "sd"), steps=2, callback_on_step_end=together)
     assert seen == ["a0", "b0", "a1", "b1"]
+
+
+def test_callbacks_have_a_configuration(tmp_path: Path) -> None:
+    callback = effusion.SDCFGCutoffCallback(cutoff_step_ratio=0.25)
+    assert callback.config.cutoff_step_ratio == 0.25
+    assert callback.config.cutoff_step_index is None
+    callback.save_config(tmp_path)
+    config = effusion.SDXLCFGCutoffCallback.load_config(tmp_path)
+    assert effusion.SDXLCFGCutoffCallback.from_config(config).config.cutoff_step_ratio == 0.25
+
+    class Mine(effusion.PipelineCallback):
+        def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: Tensors) -> Tensors:
+            return {"ratio": self.config.cutoff_step_ratio}
+
+    assert Mine(0.5)(None, 0, 0, {}) == {"ratio": 0.5}
+
+
+def test_the_callback_of_control_networks_cuts_their_picture() -> None:
+    class Pipe:
+        num_timesteps, _guidance_scale = 4, 5.0
+
+    names = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+    for batch, picture_rows in ((1, 2), (1, 1), (2, 4)):
+        tensors: Tensors = {name: torch.arange(2 * batch) for name in names}
+        tensors["image"] = torch.arange(picture_rows)
+        for library in (effusion, diffusers.callbacks) if batch == 1 else (effusion,):  # the peer keeps one row
+            pipe = Pipe()
+            callback = library.SDXLControlnetCFGCutoffCallback(cutoff_step_ratio=0.5)
+            assert callback(pipe, 1, 0, dict(tensors)).keys() == tensors.keys()
+            cut = callback(pipe, 2, 0, dict(tensors))
+            assert pipe._guidance_scale == 0.0
+            assert {k: v.tolist() for k, v in cut.items()} == {k: v.tolist()[-batch:] for k, v in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -440,6 +478,52 @@ def test_auto_pipelines_find_the_same_class_as_the_peers(
     for key, component in mine.components.items():
         assert getattr(shared, key) is component, "a component was copied"
     assert shared.config.get("requires_aesthetics_score") in (None, mine.config.get("requires_aesthetics_score", False))
+
+
+CONTROLLED = [
+    ("FluxPipeline", "flux", "flux-controlnet", {"text2image": "", "image2image": "Img2Img", "inpaint": "Inpaint"}),
+    ("StableDiffusion3Pipeline", "sd3", "sd3-controlnet", {"text2image": "", "inpaint": "Inpainting"}),
+]
+
+
+@pytest.mark.parametrize(("face", "name", "controlled", "tasks"), CONTROLLED, ids=[c[1] for c in CONTROLLED])
+def test_auto_pipelines_switch_to_control_networks_and_back(
+    face: str, name: str, controlled: str, tasks: dict[str, str], ours: Pipes, theirs: Pipes, checkpoint: Checkpoints
+) -> None:
+    stem = face.removesuffix("Pipeline")
+    mine, peer = ours(face, name), theirs(face, name)
+    nets = [pipes(f"{stem}ControlNetPipeline", controlled).controlnet for pipes in (ours, theirs)]
+    for task, ending in tasks.items():
+        wanted = f"{stem}ControlNet{ending}Pipeline"
+        auto, theirs_ = AUTO[task], getattr(diffusers, AUTO[task].__name__)
+        made = auto.from_pipe(mine, controlnet=nets[0], enable_pag=False)
+        assert type(made).__name__ == wanted
+        if ending != "Inpainting":  # the peer looks for "Inpaint", and finds no class
+            assert type(theirs_.from_pipe(peer, controlnet=nets[1])).__name__ == wanted
+        assert made.controlnet is nets[0]
+        assert type(auto.from_pretrained(checkpoint(name), controlnet=nets[0], enable_pag=None)) is type(made)
+        assert type(auto.from_pipe(made)) is type(made)
+        back = auto.from_pipe(made, controlnet=None)
+        assert type(back) is type(auto.from_pipe(mine))
+        assert type(auto.from_pretrained(checkpoint(name), controlnet=None)) is type(back)
+
+
+def test_auto_pipelines_say_what_they_lack(ours: Pipes, checkpoint: Checkpoints) -> None:
+    auto, dit = effusion.AutoPipelineForText2Image, ours("DiTPipeline", "dit")
+    with pytest.raises(ValueError, match=r"DiTPipeline has no pipeline with control networks; there are \['"):
+        auto.from_pipe(dit, controlnet=object())
+    for make in (lambda: auto.from_pipe(ours(SD, "sd"), enable_pag=True),
+                 lambda: auto.from_pretrained(checkpoint("sd"), enable_pag=True)):  # fmt: skip
+        with pytest.raises(UnsupportedTask, match="`enable_pag`.*pass False"):
+            make()
+
+
+def test_what_a_class_has_no_use_for_is_found_again_when_sharing_back(ours: Pipes, theirs: Pipes) -> None:
+    for library, pipes in ((effusion, ours), (diffusers, theirs)):
+        there = library.AutoPipelineForText2Image.from_pipe(pipes(XL_I2I, "refiner"))
+        assert "requires_aesthetics_score" not in there.config
+        back = library.AutoPipelineForImage2Image.from_pipe(there)
+        assert back.config.requires_aesthetics_score is True
 
 
 def test_auto_pipelines_are_not_built_directly() -> None:

@@ -29,8 +29,13 @@ def decode(
     image: Tensor | None = None,
     mask_pixels: Tensor | None = None,
     final_size: tuple[int, int] | None = None,
+    watermark: Any = None,
 ) -> dict[str, Any]:
-    """Latents to pictures (PIL, numpy (B, H, W, 3), torch (B, 3, H, W) in 0..1), or latents as they are."""
+    """Latents to pictures (PIL, numpy (B, H, W, 3), torch (B, 3, H, W) in 0..1), or latents as they are.
+
+    Args:
+        watermark: something with ``apply_watermark``, which is given the pixels.
+    """
     if output_type == "latent":
         return {"images": latents, "nsfw_content_detected": None}
     vae, f = components.get("vae"), family.latent_format(components)
@@ -41,6 +46,8 @@ def decode(
     pixels = decode_to_pixels(family, vae, latents, **condition)
     if final_size is not None:
         pixels = resize_and_crop(pixels, *final_size)
+    if watermark is not None:
+        pixels = watermark.apply_watermark(pixels)
     pixels, flags = check_safety(components, pixels, image_processor, device, latents.dtype)
     normalized = [True] * pixels.shape[0] if flags is None else [not flag for flag in flags]
     images = image_processor.postprocess(pixels, output_type=output_type, do_denormalize=normalized)

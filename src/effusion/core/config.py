@@ -10,12 +10,13 @@ import functools
 import inspect
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from . import hub, log
+from . import hub, log, publish
 from .errors import CheckpointError
 
 FORMAT_VERSION = "0.42.1"
@@ -66,6 +67,17 @@ class ConfigMixin:
     def config(self) -> FrozenDict:
         """The arguments that the object was built with."""
         return self._internal_dict
+
+    if not TYPE_CHECKING:  # for scripts: our own code says `.config`, and a type checker holds it to that
+
+        def __getattr__(self, name: str) -> Any:
+            """An entry of the configuration under its own name; deprecated, as in the ecosystem."""
+            config = self.__dict__.get("_internal_dict", {})  # none while the object is copied or unpickled
+            if name not in config:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            message = f"`{type(self).__name__}.{name}` is an entry of its configuration: read `.config.{name}` instead"
+            warnings.warn(f"{message}; reading it from the object is deprecated", FutureWarning, stacklevel=2)
+            return config[name]
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Add ``kwargs`` to the configuration, replacing entries of the same name."""
@@ -183,7 +195,7 @@ class ConfigMixin:
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / self.config_name)
         if push_to_hub:
-            hub.upload_folder(folder, **kwargs)
+            publish.upload(self, folder, **kwargs)
 
     def to_json_string(self) -> str:
         """The configuration as JSON text, as written to disk."""

@@ -239,13 +239,37 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
 
-def upload_folder(folder: Path, repo_id: str | None = None, **kwargs: Any) -> str:
-    """Create a repository on the hub and upload ``folder`` to it; returns the URL of the commit."""
+CARD = """---
+library_name: diffusers
+---
+"""
+
+
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    message: str,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> str:
+    """Create the repository ``repo_id`` if need be and upload ``folder`` to it; returns the URL of the commit.
+
+    A repository without a ``README.md`` gets one which says what its files are for; without it they are not found.
+
+    Raises:
+        CheckpointError: the hub refuses, or can't be reached.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=kwargs.pop("token", None))
-    private = kwargs.pop("private", None)
-    create_pr = kwargs.pop("create_pr", False)
-    message = kwargs.pop("commit_message", None)
-    url = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, create_pr=create_pr))
+    api, card = HfApi(token=token), folder / "README.md"
+    with _hub_errors(repo_id, "", None):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not subfolder and not card.exists() and not api.file_exists(repo_id, card.name):
+            card.write_text(CARD)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, commit_message=message, create_pr=create_pr
+        )
+    return str(commit.commit_url)

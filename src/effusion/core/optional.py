@@ -22,6 +22,7 @@ EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
     "imageio": "video",
+    "imwatermark": "watermark",
 }
 
 

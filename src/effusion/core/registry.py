@@ -80,6 +80,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     # pipelines
     "effusion.pipelines.single_file": ("load",),
     "effusion.pipelines.base": ("DiffusionPipeline",),
+    "effusion.pipelines.mixins": ("StableDiffusionMixin",),
     "effusion.pipelines.modular": ("ModularPipeline",),
     "effusion.pipelines.auto": (
         "AutoPipeline",
@@ -101,6 +102,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         "MultiPipelineCallbacks",
         "SDCFGCutoffCallback",
         "SDXLCFGCutoffCallback",
+        "SDXLControlnetCFGCutoffCallback",
+        "SD3CFGCutoffCallback",
     ),
     "effusion.pipelines.stable_diffusion": (
         "StableDiffusionPipeline",

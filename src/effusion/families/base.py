@@ -85,9 +85,16 @@ class Family:
         return found
 
     def latent_format(self, components: Mapping[str, Any]) -> LatentFormat:
-        """How latents and pixels relate, read off the VAE; pixels themselves without one."""
+        """How latents and pixels relate, read off the VAE; pixels themselves where there is none.
+
+        A pipeline that was loaded with ``vae=None`` still makes latents: of the usual size, for another one to decode.
+        """
         vae = components.get("vae")
-        return self.format(vae) if vae is not None else LatentFormat(self.model_channels(components), downscale=1)
+        if vae is not None:
+            return self.format(vae)
+        if "vae" in components:
+            return LatentFormat(self.model_channels(components) // self.packing**2)
+        return LatentFormat(self.model_channels(components), downscale=1)
 
     def model_channels(self, components: Mapping[str, Any]) -> int:
         """Input channels of the network, extra ones included."""
@@ -95,8 +102,7 @@ class Family:
 
     def noise_channels(self, components: Mapping[str, Any]) -> int:
         """Channels of the noise to start from: those of the latents."""
-        channels = self.latent_format(components).channels
-        return channels if components.get("vae") is not None else self.model_channels(components)
+        return self.latent_format(components).channels
 
 
 def setting(model: Any, name: str, default: Any = None) -> Any:

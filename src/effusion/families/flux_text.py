@@ -27,13 +27,14 @@ def encode(
     num_images_per_prompt: int = 1,
     max_sequence_length: int = 512,
     guide: bool = False,
+    tokenizer_max_length: int | None = None,
 ) -> dict[str, Any]:
     """T5 tokens of ``prompt_2`` (or ``prompt``) and CLIP's pooled vector of ``prompt``, per branch."""
 
     def branch(texts: Prompt, texts_2: Prompt, tokens: Tensor | None, pooled: Tensor | None, count: int) -> Cond:
         if tokens is None:
             first = as_list(texts, count)
-            pooled = _clip(components, device, first)
+            pooled = _clip(components, device, first, tokenizer_max_length)
             tokens = _t5(components, device, as_list(texts_2, count) if texts_2 else first, max_sequence_length)
         return Cond(tokens=tokens, pooled=pooled)
 
@@ -48,9 +49,9 @@ def encode(
     return {"conds": {k: c.to(device=device).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
 
 
-def _clip(components: Mapping[str, Any], device: torch.device, texts: list[str]) -> Tensor:
+def _clip(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int | None) -> Tensor:
     encoder = require_component(components, "text_encoder", "`pooled_prompt_embeds`")
-    ids = tokenize(components["tokenizer"], texts).input_ids.to(device)
+    ids = tokenize(components["tokenizer"], texts, length).input_ids.to(device)
     return encoder(ids, output_hidden_states=False).pooler_output.to(encoder.dtype)  # (B, D)  # type: ignore[no-any-return]
 
 

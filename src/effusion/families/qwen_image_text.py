@@ -41,12 +41,24 @@ def encode(
     max_sequence_length: int = 512,
     guide: bool = False,
     prompt_image: Any = None,
+    prompt_template_encode: str | None = None,
+    prompt_template_encode_start_idx: int | None = None,
+    tokenizer_max_length: int = MAX_TOKENS,
 ) -> dict[str, Any]:
-    """Last hidden states of the vision-language model for the prompt (and the reference picture), per branch."""
+    """Last hidden states of the vision-language model for the prompt (and the reference picture), per branch.
+
+    Args:
+        prompt_template_encode: what to ask, with ``{}`` for the prompt; the family's own question if not given.
+        prompt_template_encode_start_idx: how many of its first tokens are the question's own.
+    """
+    template = prompt_template_encode or (DESCRIBE if prompt_image is None else EDIT)
+    drop = prompt_template_encode_start_idx
+    drop = DROP[DESCRIBE if prompt_image is None else EDIT] if drop is None else drop
+    question = (template, drop, tokenizer_max_length)
 
     def branch(texts: Prompt, tokens: Tensor | None, mask: Tensor | None, count: int) -> Cond:
         if tokens is None:
-            tokens, mask = _read(components, device, as_list(texts, count), prompt_image)
+            tokens, mask = _read(components, device, as_list(texts, count), prompt_image, *question)
             tokens, mask = tokens[:, :max_sequence_length], mask[:, :max_sequence_length]
         if mask is not None and bool(mask.all()):
             mask = None
@@ -61,14 +73,20 @@ def encode(
     return {"conds": {k: c.map(lambda x: x.to(device)).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
 
 
-def _read(components: Mapping[str, Any], device: torch.device, texts: list[str], image: Any) -> tuple[Tensor, Tensor]:
+def _read(
+    components: Mapping[str, Any],
+    device: torch.device,
+    texts: list[str],
+    image: Any,
+    template: str,
+    drop: int,
+    max_length: int,
+) -> tuple[Tensor, Tensor]:
     """(B, L, D) and (B, L): the states of each text's own tokens, padded to the longest."""
     encoder = require_component(components, "text_encoder", "`prompt_embeds` and `prompt_embeds_mask`")
-    template = DESCRIBE if image is None else EDIT
-    drop = DROP[template]
     asked = [template.format(text) for text in texts]
     if image is None:
-        length = MAX_TOKENS + drop
+        length = max_length + drop
         inputs = components["tokenizer"](asked, max_length=length, padding=True, truncation=True, return_tensors="pt")
         more = {}
     else:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks.images import VaeImageProcessor
 from ..blocks.latents import retrieve_latents, start_from_noise
 from ..core.types import Cond, ModelInput
 from .control import control_of, control_pixels
@@ -22,6 +21,7 @@ def read_controlnet(
     height: int,
     width: int,
     image_processor: Any,
+    mask_processor: Any,
     control_image: Any,
     conds: dict[str, Cond],
     controlnet: Any,
@@ -44,8 +44,10 @@ def read_controlnet(
             pixels = torch.cat([pixels] * branches)  # each branch gets a sample of its own
             ready.append(_latents(components["vae"], config, pixels))
         else:
-            picture = (image, control_mask, height, width, batch, device, dtype)
-            ready.append(torch.cat([_masked(components["vae"], config, *picture)] * branches))
+            where = (height, width, batch, device, dtype)
+            pixels = control_pixels(image, image_processor, *where)
+            holes = control_pixels(control_mask, mask_processor, *where)
+            ready.append(torch.cat([_masked(components["vae"], config, pixels, holes)] * branches))
 
     def ask(inputs: ModelInput, scales: Any) -> dict[str, Any]:
         pooled = inputs.cond.pooled
@@ -80,24 +82,8 @@ def _latents(vae: Any, config: Any, pixels: Tensor) -> Tensor:
     return (z - shift) * vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
-def _masked(
-    vae: Any,
-    config: Any,
-    image: Any,
-    mask: Any,
-    height: int,
-    width: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
+def _masked(vae: Any, config: Any, pixels: Tensor, holes: Tensor) -> Tensor:
     """Latents of the picture with the mask cut out, and the mask as one more channel (1 = keep)."""
-    pictures = VaeImageProcessor(vae_scale_factor=8, do_resize=True, do_convert_rgb=True, do_normalize=True)
-    masks = VaeImageProcessor(
-        vae_scale_factor=8, do_resize=True, do_convert_grayscale=True, do_normalize=False, do_binarize=True
-    )
-    pixels = control_pixels(image, pictures, height, width, batch, device, dtype)
-    holes = control_pixels(mask, masks, height, width, batch, device, dtype)
     z = _latents(vae, config, torch.where(holes.repeat(1, 3, 1, 1) > 0.5, -1.0, pixels))
     keep = 1 - torch.nn.functional.interpolate(holes, size=z.shape[-2:])
     return torch.cat([z, keep], dim=1)

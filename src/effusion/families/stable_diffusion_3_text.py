@@ -31,11 +31,13 @@ def encode(
     guide: bool = True,
     clip_skip: int | None = None,
     max_sequence_length: int = 256,
+    tokenizer_max_length: int = CLIP_TOKENS,
 ) -> dict[str, Any]:
     """CLIP states side by side, then T5's; and both CLIPs' pooled vectors. Any of the three encoders may be missing."""
+    lengths = (tokenizer_max_length, max_sequence_length)
     if prompt_embeds is None:
         texts = [prompt, prompt_2 or prompt, prompt_3 or prompt]
-        positive = _all_three(components, device, [as_list(t) for t in texts], clip_skip, max_sequence_length)
+        positive = _all_three(components, device, [as_list(t) for t in texts], clip_skip, *lengths)
     else:
         positive = Cond(tokens=prompt_embeds, pooled=pooled_prompt_embeds)
     conds = {"positive": positive}
@@ -45,7 +47,7 @@ def encode(
             first = negative_prompt or ""
             texts = [first, negative_prompt_2 or first, negative_prompt_3 or first]
             rows = [as_list(t, positive.tokens.shape[0]) for t in texts]
-            negative = _all_three(components, device, rows, None, max_sequence_length)
+            negative = _all_three(components, device, rows, None, *lengths)
         else:
             negative = Cond(tokens=negative_prompt_embeds, pooled=negative_pooled_prompt_embeds)
         conds = {"negative": negative, **conds}
@@ -53,7 +55,12 @@ def encode(
 
 
 def _all_three(
-    components: Mapping[str, Any], device: torch.device, texts: list[list[str]], clip_skip: int | None, length: int
+    components: Mapping[str, Any],
+    device: torch.device,
+    texts: list[list[str]],
+    clip_skip: int | None,
+    clip_length: int,
+    length: int,
 ) -> Cond:
     transformer, count = components["transformer"], len(texts[0])
     width, pooled_width = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
@@ -65,12 +72,12 @@ def _all_three(
             states.append(None)
             pooled.append(None)
             continue
-        ids = tokenize(components[f"tokenizer{suffix}"], prompts, CLIP_TOKENS).input_ids.to(device)
+        ids = tokenize(components[f"tokenizer{suffix}"], prompts, clip_length).input_ids.to(device)
         out = encoder(ids, output_hidden_states=True)
         states.append(out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)].to(encoder.dtype))
         pooled.append(out[0])
     vectors = _fill(pooled, pooled_width, (count,), transformer, device)
-    clip = _fill(states, pooled_width, (count, CLIP_TOKENS), transformer, device)
+    clip = _fill(states, pooled_width, (count, clip_length), transformer, device)
     t5 = _t5(components, device, texts[2], length, width)
     clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
     return Cond(tokens=torch.cat([clip, t5], dim=-2), pooled=vectors)

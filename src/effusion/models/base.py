@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ..core import hub, log, registry
+from ..core import log, publish, registry
 from ..core.config import ConfigMixin
 from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
@@ -29,7 +29,9 @@ logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="ModelMixin")
 
 
-class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
+class ModelMixin(
+    MemorySwitches, AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin, publish.PushToHubMixin
+):
     """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved.
 
     Class attributes that a network may set:
@@ -240,7 +242,7 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             )
         saving.remove_stale(folder, written, self._weights_stem, variant)
         if push_to_hub:
-            hub.upload_folder(folder, **kwargs)
+            publish.upload(self, folder, **kwargs)
 
     def _state_to_save(self) -> dict[str, torch.Tensor]:
         """What a save writes, under the names that files have."""
@@ -250,16 +252,6 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
                 "are, or unpack them first with `dequantize()`"
             )
         return self.state_dict()
-
-    def push_to_hub(
-        self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
-    ) -> str:
-        """Save into a temporary folder and upload that to ``repo_id``; returns the URL of the commit."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return hub.upload_folder(Path(folder), repo_id=repo_id, **kwargs)
 
     # -- size ------------------------------------------------------------------------------------
 

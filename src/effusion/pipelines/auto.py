@@ -6,6 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from ..core.config import ConfigMixin
+from ..core.errors import UnsupportedTask
 from .base import DiffusionPipeline
 from .faces import face_for
 
@@ -26,20 +27,48 @@ class AutoPipeline(ConfigMixin):
     def from_pretrained(cls, pretrained_model_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load the pipeline of this task for the checkpoint; arguments as ``DiffusionPipeline.from_pretrained``.
 
+        With ``controlnet=`` it is the pipeline with control networks.
+
         Raises:
             ValueError: the checkpoint's family has no pipeline for the task.
         """
         if cls.task is None:
             return DiffusionPipeline.from_pretrained(pretrained_model_or_path, **kwargs)
+        _check_guidance(kwargs)
         index = cls.load_config(pretrained_model_or_path, **kwargs)
-        return face_for(index.get("_class_name", ""), cls.task).from_pretrained(pretrained_model_or_path, **kwargs)
+        face = face_for(index.get("_class_name", ""), cls.task, _controlnet(kwargs))
+        return face.from_pretrained(pretrained_model_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """The pipeline of this task with the components of another one; no weight is copied."""
+        """The pipeline of this task with the components of another one; no weight is copied.
+
+        With ``controlnet=`` it is the pipeline with control networks, with ``controlnet=None`` the one without.
+        """
         if cls.task is None:
             return pipeline
-        return face_for(type(pipeline).__name__, cls.task).from_pipe(pipeline, **kwargs)
+        _check_guidance(kwargs)
+        return face_for(type(pipeline).__name__, cls.task, _controlnet(kwargs)).from_pipe(pipeline, **kwargs)
+
+
+def _check_guidance(kwargs: dict[str, Any]) -> None:
+    """Take ``enable_pag`` out of ``kwargs``; there is nothing to enable.
+
+    Raises:
+        UnsupportedTask: it is true.
+    """
+    if kwargs.pop("enable_pag", None):
+        raise UnsupportedTask("`enable_pag`: perturbed-attention guidance is not there; leave it out, or pass False")
+
+
+def _controlnet(kwargs: dict[str, Any]) -> bool | None:
+    """Whether a pipeline with control networks is asked for; an explicit ``None`` asks for one without."""
+    if "controlnet" not in kwargs:
+        return None
+    if kwargs["controlnet"] is None:
+        del kwargs["controlnet"]
+        return False
+    return True
 
 
 class AutoPipelineForText2Image(AutoPipeline):

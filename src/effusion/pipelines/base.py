@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -15,19 +14,20 @@ from ..blocks import engine
 from ..blocks.images import VaeImageProcessor
 from ..core import log
 from ..core.config import ConfigMixin
+from ..core.publish import PushToHubMixin
 from ..core.types import State, Step
-from ..families.base import Family
 from ..placement.pipeline_switches import PipelineSwitches
-from . import loading, single_file
+from . import loading, sharing, single_file
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
+from .facts import LIVE, PipelineFacts
 from .pending import PendingComponents
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
+class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, ConfigMixin, PushToHubMixin):
     """Components (networks, tokenizers, a scheduler) and a way to run them.
 
     Load any pipeline with :meth:`from_pretrained`; the folder says which class it is.
@@ -38,7 +38,6 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
     """
 
     config_name = "model_index.json"
-    family: ClassVar[Family]
     task: ClassVar[str] = "text2image"
     output_class: ClassVar[Any] = None
     model_cpu_offload_seq: ClassVar[str | None] = None
@@ -47,16 +46,9 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _load_connected_pipes: ClassVar[bool] = False
 
-    _guidance_scale: Any = None
-    _guidance_rescale: Any = None
-    _clip_skip: Any = None
-    _cross_attention_kwargs: Any = None
-    _num_timesteps: int = 0
-
     def __init__(self) -> None:
         super().__init__()
         self._blocks: engine.BlockList | None = None
-        self._interrupt = False
 
     # -- components ------------------------------------------------------------------------------
 
@@ -74,7 +66,7 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
             super().__setattr__(name, component)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._has(name) and name in self.__dict__.get("_internal_dict", {}):
+        if self._has(name) and self._is_component(name):
             self.register_to_config(**{name: component_entry(value)})
         super().__setattr__(name, value)
 
@@ -82,6 +74,11 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
     def components(self) -> dict[str, Any]:
         """All components by name; those that are not there are ``None``."""
         return {name: getattr(self, name, None) for name in component_names(type(self))}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What else the pipeline was built with: ``Other(**pipe.components, **pipe.parameters)``."""
+        return sharing.parameters_of(self)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -113,9 +110,18 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
         """Load a pipeline from a folder or a repository on the hub; see :func:`~.loading.load_pipeline`."""
         return loading.load_pipeline(cls, pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save every component and ``model_index.json``; see :func:`~.loading.save_pipeline`."""
-        loading.save_pipeline(self, save_directory, **kwargs)
+        how = (safe_serialization, variant, max_shard_size, push_to_hub)
+        loading.save_pipeline(self, save_directory, *how, **kwargs)
 
     @classmethod
     def from_single_file(cls: type[Self], pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:
@@ -133,31 +139,9 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
 
     @classmethod
     def from_pipe(cls: type[Self], pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """A pipeline of this class that shares the components of another one; ``kwargs`` replace some.
-
-        Raises:
-            ValueError: this class needs a component that the other pipeline doesn't have.
-        """
-        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
-        names, theirs = component_names(cls), pipeline.components
-        shared = {k: v for k, v in theirs.items() if k in names}
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        settings = {
-            p.name: pipeline.config[p.name] for p in parameters if p.name not in names and p.name in pipeline.config
-        }
-        given = {**shared, **settings, **kwargs}
-        unknown = sorted(set(given) - {p.name for p in parameters})
-        missing = sorted(set(names) - set(given) - set(cls._optional_components))
-        if unknown or missing:
-            raise ValueError(
-                f"{cls.__name__} can't be made from {type(pipeline).__name__}: "
-                + (f"components {missing} are missing, pass them; " if missing else "")
-                + (f"arguments {unknown} are unknown, it takes {sorted(p.name for p in parameters)}" if unknown else "")
-            )
-        made = cls(**{name: given.get(name) for name in names}, **{k: v for k, v in given.items() if k not in names})
-        if dtype is not None:
-            made.to(dtype=dtype)
-        return made
+        """A pipeline of this class, or ``custom_pipeline``, that shares the components of another one; ``kwargs`` replace
+        some. See :func:`~.sharing.share`."""
+        return sharing.share(cls, pipeline, kwargs)  # type: ignore[no-any-return]
 
     # -- progress --------------------------------------------------------------------------------
 
@@ -187,30 +171,14 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
             self._blocks = self.family.blocks(self.task)
         return self._blocks
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent along one side."""
-        return self.family.latent_format(self.components).downscale
-
-    @property
-    def image_processor(self) -> VaeImageProcessor:
-        return self._processor()
-
-    @property
-    def mask_processor(self) -> VaeImageProcessor:
-        return self._processor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-
-    def _processor(self, **options: Any) -> VaeImageProcessor:
-        f = self.family.latent_format(self.components)
-        factor = f.downscale * self.family.packing
-        return VaeImageProcessor(vae_scale_factor=factor, vae_latent_channels=f.channels, **options)
-
     def _context(self) -> dict[str, Any]:
         """What blocks may ask for besides the state."""
+        assigned = self._assigned()
         return {
+            **assigned,
             **self.components,
             "components": self.components,
-            "family": self.family,
+            "family": self._family_as_assigned(assigned),
             "task": self.task,
             "config": self.config,
             "device": self._execution_device,
@@ -230,9 +198,11 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
 
     def _begin(self, inputs: Mapping[str, Any]) -> State:
         state = State()
-        state.update({**self.family.defaults.get(self.task, {}), **inputs})
-        self._interrupt = False
-        for name in _LIVE:
+        state.update({**self.family.defaults.get(self.task, {}), **self._with_assigned_size(inputs)})
+        if state.get("output_type") not in (None, "latent") and self.components.get("vae", self) is None:
+            raise ValueError("this pipeline has no `vae`: load one, or pass output_type='latent'")
+        self._interrupt, self._current_timestep = False, None
+        for name in LIVE:
             setattr(self, f"_{name}", state.get(name))
         return state
 
@@ -253,7 +223,7 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
         def on_block(block: engine.Block, state: State) -> None:
             nonlocal bar
             if block.name == "denoise":
-                self._num_timesteps = len(state.timesteps)
+                self._num_timesteps, self._current_timestep = len(state.timesteps), state.timesteps[0]
                 bar = self.progress_bar(total=-(-self._num_timesteps // self.components["scheduler"].order))
 
         try:
@@ -261,9 +231,11 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
                 context = {**self._context(), "rescue": self._rescuer(recorder)}
                 for step in engine.stream(self.blocks, state, context, on_block):
                     self._after_step(step, callback, names, bar)
+                    self._current_timestep = _next(state.timesteps, step.index)
                     if recorder is not None:
                         recorder.step()
         finally:
+            self._current_timestep = None
             if bar is not None:
                 bar.close()
             self.maybe_free_model_hooks()
@@ -327,45 +299,7 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
             return values
         return self.output_class(*values)
 
-    # -- what callbacks read ---------------------------------------------------------------------
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale  # type: ignore[no-any-return]
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale  # type: ignore[no-any-return]
-
-    @property
-    def clip_skip(self) -> int | None:
-        return self._clip_skip  # type: ignore[no-any-return]
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        return self._cross_attention_kwargs  # type: ignore[no-any-return]
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the current run has a negative branch."""
-        return self._guidance_scale is not None and self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the current run."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a callback to stop after the current step."""
-        return self._interrupt
-
-
-_LIVE = (
-    "guidance_scale",
-    "guidance_rescale",
-    "clip_skip",
-    "cross_attention_kwargs",
-    "denoising_start",
-    "denoising_end",
-)
+def _next(timesteps: Any, index: int) -> Any:
+    """The timestep after the one at ``index``, ``None`` at the end."""
+    return timesteps[index + 1] if index + 1 < len(timesteps) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..core.config import ConfigMixin, register_to_config
 from ..core.types import Cond, State
 
 # name in `callback_on_step_end_tensor_inputs` -> (part of the conditioning, guidance branch or None for all)
@@ -26,7 +27,7 @@ _MASKS = ("mask", "masked_image_latents")  # once for each branch of guidance, l
 Tensors = dict[str, Any]  # by their names in `callback_on_step_end_tensor_inputs`
 
 
-class PipelineCallback:
+class PipelineCallback(ConfigMixin):
     """Base of official callbacks: subclass, set ``tensor_inputs``, write ``callback_fn``.
 
     Args:
@@ -34,21 +35,20 @@ class PipelineCallback:
         cutoff_step_index: when to act, as an index; give one of the two.
     """
 
+    config_name = "config.json"
     tensor_inputs: Sequence[str] = ()
 
+    @register_to_config
     def __init__(self, cutoff_step_ratio: float | None = 1.0, cutoff_step_index: int | None = None) -> None:
         if (cutoff_step_ratio is None) == (cutoff_step_index is None):
             raise ValueError("give one of `cutoff_step_ratio` and `cutoff_step_index`, the other as None")
         if cutoff_step_ratio is not None and not 0.0 <= cutoff_step_ratio <= 1.0:
             raise ValueError(f"`cutoff_step_ratio` has to be between 0 and 1, got {cutoff_step_ratio}")
-        self.cutoff_step_ratio, self.cutoff_step_index = cutoff_step_ratio, cutoff_step_index
 
     def cutoff(self, pipeline: Any) -> int:
         """The index of the step at which to act."""
-        if self.cutoff_step_index is not None:
-            return self.cutoff_step_index
-        assert self.cutoff_step_ratio is not None
-        return int(pipeline.num_timesteps * self.cutoff_step_ratio)
+        index: int | None = self.config.cutoff_step_index
+        return int(pipeline.num_timesteps * self.config.cutoff_step_ratio) if index is None else index
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
@@ -83,14 +83,17 @@ class SDCFGCutoffCallback(PipelineCallback):
     """Stop classifier-free guidance after the cutoff: the rest of the steps cost half."""
 
     tensor_inputs: Sequence[str] = ("prompt_embeds",)
+    _whole: Sequence[str] = ()  # inputs that may come for the branch with the prompt alone already
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         if step_index == self.cutoff(pipeline):
             pipeline._guidance_scale = 0.0
-            for name in self.tensor_inputs:
-                callback_kwargs[name] = callback_kwargs[name].chunk(2)[-1]
+            tensors = {name: callback_kwargs[name] for name in self.tensor_inputs}
+            cut = {name: x.chunk(2)[-1] for name, x in tensors.items() if name not in self._whole}
+            batch = len(cut["prompt_embeds"])
+            callback_kwargs |= {**cut, **{name: _last(tensors[name], batch) for name in self._whole}}
         return callback_kwargs
 
 
@@ -98,6 +101,24 @@ class SDXLCFGCutoffCallback(SDCFGCutoffCallback):
     """The same for Stable Diffusion XL."""
 
     tensor_inputs = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+
+
+class SDXLControlnetCFGCutoffCallback(SDCFGCutoffCallback):
+    """The same for Stable Diffusion XL with control networks, whose pictures come once for each branch."""
+
+    tensor_inputs = ("prompt_embeds", "add_text_embeds", "add_time_ids", "image")
+    _whole = ("image",)
+
+
+class SD3CFGCutoffCallback(SDCFGCutoffCallback):
+    """The same for Stable Diffusion 3."""
+
+    tensor_inputs = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+def _last(value: Any, batch: int) -> Any:
+    """The last ``batch`` rows of a tensor, or of each of a list."""
+    return [_last(v, batch) for v in value] if isinstance(value, (list, tuple)) else value[-batch:]
 
 
 def read_tensor(state: State, name: str) -> Any:

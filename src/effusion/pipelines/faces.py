@@ -67,8 +67,23 @@ def family_of(class_name: str) -> str | None:
     return next((family for family, tasks in FACES.items() if class_name in tasks.values()), None)
 
 
-def face_for(class_name: str, task: str) -> Any:
+# family -> the one with control networks beside its own, where that is not its name with "-controlnet"
+_CONTROLLED = {"flux-control": "flux-controlnet"}
+_SUFFIX = "-controlnet"
+
+
+def _controlled(family: str, wanted: bool) -> str:
+    """The family with control networks that belongs to ``family``, or without; itself if it is of that kind."""
+    if family.endswith(_SUFFIX) == wanted:
+        return family
+    return _CONTROLLED.get(family, family + _SUFFIX) if wanted else family.removesuffix(_SUFFIX)
+
+
+def face_for(class_name: str, task: str, controlnet: bool | None = None) -> Any:
     """The class that does ``task`` with the components of ``class_name``.
+
+    Args:
+        controlnet: whether it has control networks; ``None``: as ``class_name`` has.
 
     Raises:
         ValueError: an unknown class, or a family that has no such face.
@@ -77,6 +92,11 @@ def face_for(class_name: str, task: str) -> Any:
     if family is None:
         known = sorted(name for tasks in FACES.values() for name in tasks.values())
         raise ValueError(f"{class_name} belongs to no family that Effusion knows; it knows {known}")
+    if controlnet is not None:
+        family = _controlled(family, controlnet)
+    if family not in FACES:
+        known = sorted(name for name in FACES if name.endswith(_SUFFIX))
+        raise ValueError(f"{class_name} has no pipeline with control networks; there are {known}")
     if task not in FACES[family]:
         raise ValueError(f"{class_name} ({family}) has no pipeline for {task}; it has {FACES[family]}")
     return registry.find_class("diffusers", FACES[family][task])

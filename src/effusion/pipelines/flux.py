@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..families import flux, flux_text
 from .base import DiffusionPipeline
+from .facts import current_timestep, fact, latent_channels, live, tokenizer_max_length
 from .outputs import FluxPipelineOutput
 
 
@@ -19,6 +20,13 @@ class FluxBase(DiffusionPipeline):
     output_class = FluxPipelineOutput
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    default_sample_size = fact(lambda pipe: 128)
+    tokenizer_max_length = tokenizer_max_length
+    latent_channels = latent_channels
+    vae_latent_channels = latent_channels
+    joint_attention_kwargs = live("joint_attention_kwargs", "What attention processors are given.")
+    current_timestep = current_timestep
 
     def __init__(
         self,
@@ -50,6 +58,7 @@ class FluxBase(DiffusionPipeline):
                 self.components, torch.device(device or self._execution_device), prompt, prompt_2,
                 prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
                 num_images_per_prompt=num_images_per_prompt, max_sequence_length=max_sequence_length,
+                **self._assigned("tokenizer_max_length"),
             )["conds"]["positive"]  # fmt: skip
         tokens = positive.tokens
         return tokens, positive.pooled, torch.zeros(tokens.shape[1], 3, device=tokens.device, dtype=tokens.dtype)

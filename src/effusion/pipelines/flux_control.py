@@ -11,6 +11,7 @@ from ..blocks.text import as_list
 from ..families import flux
 from ..models.controlnet_flux import FluxMultiControlNetModel
 from .base import DiffusionPipeline
+from .facts import tokenizer_max_length
 from .flux import FluxBase
 from .outputs import FluxPriorReduxPipelineOutput
 
@@ -188,6 +189,7 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "image_encoder->image_embedder"
     _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     _callback_tensor_inputs = []
+    tokenizer_max_length = tokenizer_max_length
 
     def __init__(
         self,

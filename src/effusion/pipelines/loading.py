@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import hub, log, registry, remote
+from ..core import hub, log, publish, registry, remote
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
 from ..models.foreign import Fallback, native_class, prepare_foreign, without_code
@@ -429,7 +429,7 @@ def save_pipeline(
             if any(file.startswith(stem) for file in files):
                 saving.remove_stale(folder / name, files, stem, variant)
     if push_to_hub:
-        hub.upload_folder(folder, **kwargs)
+        publish.upload(pipe, folder, **kwargs)
 
 
 def _save_component(component: Any, folder: Path, wanted: Mapping[str, Any]) -> None:

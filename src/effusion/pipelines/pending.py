@@ -28,6 +28,11 @@ class PendingComponents:
             del self.__dict__[name]
         self.__dict__["_pending"] = dict(prepared)
 
+    def _is_component(self, name: str) -> bool:
+        """Whether ``name`` is registered as a component: its entry is (library, class)."""
+        entry = self.__dict__.get("_internal_dict", {}).get(name)
+        return isinstance(entry, tuple) and len(entry) == 2
+
     def _has(self, name: str) -> bool:
         return name in self.__dict__ or name in self.__dict__.get("_pending", {})
 
@@ -39,7 +44,9 @@ class PendingComponents:
                 del pending[name]
             if name in self.__dict__:  # another thread may have been faster
                 return self.__dict__[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if self._is_component(name):
+            raise AttributeError(f"{type(self).__name__!r} object has no component {name!r} any more")
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         with _lock:

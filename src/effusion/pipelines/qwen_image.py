@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..families import qwen_image, qwen_image_text
 from .base import DiffusionPipeline
+from .facts import current_timestep, fact, latent_channels, live
 from .outputs import QwenImagePipelineOutput
 
 
@@ -19,6 +20,15 @@ class QwenImageBase(DiffusionPipeline):
     output_class = QwenImagePipelineOutput
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _template: ClassVar[str] = qwen_image_text.DESCRIBE
+
+    default_sample_size = fact(lambda pipe: 128)
+    tokenizer_max_length = fact(lambda pipe: qwen_image_text.MAX_TOKENS)
+    latent_channels = latent_channels
+    prompt_template_encode = fact(lambda pipe: pipe._template)
+    prompt_template_encode_start_idx = fact(lambda pipe: qwen_image_text.DROP[pipe._template])
+    attention_kwargs = live("attention_kwargs", "What attention processors are given.")
+    current_timestep = current_timestep
 
     def __init__(self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any) -> None:
         super().__init__()
@@ -45,6 +55,7 @@ class QwenImageBase(DiffusionPipeline):
             positive = qwen_image_text.encode(
                 self.components, torch.device(device or self._execution_device), prompt, None, embeds, mask,
                 num_images_per_prompt=count, max_sequence_length=length, prompt_image=image,
+                **self._assigned("prompt_template_encode", "prompt_template_encode_start_idx", "tokenizer_max_length"),
             )["conds"]["positive"]  # fmt: skip
         return positive.tokens, positive.mask
 
@@ -159,6 +170,8 @@ class QwenImageEditPipeline(QwenImageBase):
     """Editing with Qwen-Image-Edit: a picture and an instruction."""
 
     task = "edit"
+    _template = qwen_image_text.EDIT
+    default_sample_size = 128  # nothing reads it: the size is that of the picture
 
     def __init__(
         self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, processor: Any, transformer: Any

@@ -13,12 +13,13 @@ from ..core import log
 from ..core.types import State
 from ..families import stable_diffusion as sd
 from .base import DiffusionPipeline
+from .mixins import StableDiffusionMixin
 from .outputs import StableDiffusionPipelineOutput
 
 logger = log.get_logger(__name__)
 
 
-class StableDiffusionBase(DiffusionPipeline):
+class StableDiffusionBase(StableDiffusionMixin, DiffusionPipeline):
     """What the faces of Stable Diffusion share: components and ``encode_prompt``."""
 
     family = sd.STABLE_DIFFUSION

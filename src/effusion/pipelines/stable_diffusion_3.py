@@ -10,6 +10,7 @@ from torch import Tensor
 from ..families import stable_diffusion_3 as sd3
 from ..families.stable_diffusion_3_text import encode
 from .base import DiffusionPipeline
+from .facts import live, native_size, patch_size, tokenizer_max_length
 from .outputs import StableDiffusion3PipelineOutput
 
 
@@ -21,6 +22,12 @@ class StableDiffusion3Base(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->transformer->vae"
     _optional_components = ["image_encoder", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds"]
+
+    default_sample_size = native_size("transformer")
+    tokenizer_max_length = tokenizer_max_length
+    patch_size = patch_size
+    joint_attention_kwargs = live("joint_attention_kwargs", "What attention processors are given.")
+    skip_guidance_layers = live("skip_guidance_layers", "The layers that skip-layer guidance leaves out.")
 
     def __init__(
         self,
@@ -64,7 +71,7 @@ class StableDiffusion3Base(DiffusionPipeline):
                 self.components, torch.device(device or self._execution_device), prompt, prompt_2, prompt_3,
                 negative_prompt, negative_prompt_2, negative_prompt_3, prompt_embeds, pooled_prompt_embeds,
                 negative_prompt_embeds, negative_pooled_prompt_embeds, num_images_per_prompt,
-                do_classifier_free_guidance, clip_skip, max_sequence_length,
+                do_classifier_free_guidance, clip_skip, max_sequence_length, **self._assigned("tokenizer_max_length"),
             )["conds"]  # fmt: skip
         positive, negative = conds["positive"], conds.get("negative")
         if negative is None:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..blocks.images import VaeImageProcessor
 from ..models.controlnet_sd3 import SD3MultiControlNetModel
 from .base import DiffusionPipeline
+from .facts import fact
 from .stable_diffusion_3 import StableDiffusion3Base
 
 
@@ -83,6 +85,11 @@ class StableDiffusion3ControlNetInpaintingPipeline(StableDiffusion3ControlNetBas
     """Inpainting with Stable Diffusion 3 and an inpainting control network."""
 
     task = "controlnet_inpaint"
+
+    @fact
+    def image_processor(self) -> VaeImageProcessor:
+        """What reads the picture, with three channels, and makes pictures of the result."""
+        return self._processor(do_convert_rgb=True)
 
     def __call__(
         self,

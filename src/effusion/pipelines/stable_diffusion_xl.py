@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks.watermark import watermarker
+from ..core.optional import is_available
 from ..families import stable_diffusion_xl as sdxl
 from .base import DiffusionPipeline
+from .facts import fact, live, native_size
+from .mixins import StableDiffusionMixin
 from .outputs import StableDiffusionXLPipelineOutput
 
 Size = tuple[int, int]
 
 
-class StableDiffusionXLBase(DiffusionPipeline):
+class StableDiffusionXLBase(StableDiffusionMixin, DiffusionPipeline):
     """What the faces of Stable Diffusion XL share: components and ``encode_prompt``."""
 
     family = sdxl.STABLE_DIFFUSION_XL
@@ -29,6 +33,23 @@ class StableDiffusionXLBase(DiffusionPipeline):
         "feature_extractor",
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"]
+
+    denoising_start = live("denoising_start", "The part of the run that another pipeline has done.")
+    denoising_end = live("denoising_end", "The part of the run after which another pipeline goes on.")
+
+    @fact
+    def watermark(self) -> Any:
+        """What marks the pictures: if ``add_watermarker`` says so or, where it says nothing, if the package is there.
+
+        ``None``, or anything with a method ``apply_watermark``, may be assigned.
+        """
+        wanted = self.config.get("add_watermarker")
+        wanted = is_available("imwatermark") if wanted is None else wanted
+        return watermarker() if wanted else None
+
+    def _context(self) -> dict[str, Any]:
+        rehearsing = "_rehearsing" in self.__dict__  # for a plan: pixels without values
+        return {**super()._context(), "watermark": None if rehearsing else self.watermark}
 
     def encode_prompt(
         self,
@@ -63,6 +84,7 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase):
     """Text to image with Stable Diffusion XL; ``denoising_end`` hands over to a refiner."""
 
     task = "text2image"
+    default_sample_size = native_size("unet")
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core import log, registry
 from ..core.config import ConfigMixin
 from ..core.outputs import BaseOutput
+from ..core.publish import PushToHubMixin
 from . import spacing
 from .noise import Array
 
@@ -111,7 +112,7 @@ def exactly_one(**arguments: Any) -> None:
         raise ValueError(f"give exactly one of {names}; got {' and '.join(given) if given else 'none'}")
 
 
-class SchedulerMixin(ConfigMixin):
+class SchedulerMixin(ConfigMixin, PushToHubMixin):
     """Base of all schedulers: a noise schedule, a solver, and the memory of one run.
 
     Attributes:

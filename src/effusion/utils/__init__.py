@@ -5,6 +5,7 @@ from ..core import lazy
 _HOME = {
     "core.log": ("get_logger",),
     "core.outputs": ("BaseOutput",),
+    "core.publish": ("PushToHubMixin",),
     "blocks.images": ("PIL_INTERPOLATION",),
     "blocks.pictures": ("load_image", "make_image_grid", "numpy_to_pil", "pt_to_pil"),
     "blocks.video": ("export_to_gif", "export_to_video"),
@@ -54,6 +55,7 @@ _PATHS = {
         "constants",
         "doc_utils",
         "export_utils",
+        "hub_utils",
         "import_utils",
         "loading_utils",
         "logging",
