@@ -18,7 +18,7 @@ from ..core.config import ConfigMixin
 from ..core.types import State, Step
 from ..families.base import Family
 from ..placement.pipeline_switches import PipelineSwitches
-from . import loading, single_file
+from . import downloading, loading, saving, single_file
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
 from .pending import PendingComponents
@@ -114,8 +114,8 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
         return loading.load_pipeline(cls, pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save every component and ``model_index.json``; see :func:`~.loading.save_pipeline`."""
-        loading.save_pipeline(self, save_directory, **kwargs)
+        """Save every component and ``model_index.json``; see :func:`~.saving.save_pipeline`."""
+        saving.save_pipeline(self, save_directory, **kwargs)
 
     @classmethod
     def from_single_file(cls: type[Self], pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:
@@ -123,13 +123,13 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
         return single_file.load_single(cls, pretrained_model_link_or_path, **kwargs)  # type: ignore[no-any-return]
 
     def save_single_file(self, path: str | os.PathLike[str], **metadata: str) -> None:
-        """Write the networks into one file in the original layout; see :func:`~.single_file.save_single`."""
-        single_file.save_single(self, path, **metadata)
+        """Write the networks into one file in the original layout; see :func:`~.saving.save_single`."""
+        saving.save_single(self, path, **metadata)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
         """Fetch what a pipeline needs into the cache and return the folder."""
-        return str(loading.download(pretrained_model_name, **kwargs))
+        return str(downloading.download(pretrained_model_name, **kwargs))
 
     @classmethod
     def from_pipe(cls: type[Self], pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
