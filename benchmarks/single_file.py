@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import effusion
-from effusion.pipelines import single_file
+from effusion.pipelines import saving
 from effusion.weights.safetensors_file import DTYPE_NAMES
 from effusion.weights.single_file import original_state
 from effusion.weights.skeleton import Skeleton
@@ -132,7 +132,7 @@ def measure(repeat: int, only: str) -> str:
             save_configs(pipe, folder / size)
             for stored, dtype in (("float16", "float32"), ("float32", "float16"), ("float16", "float16")):
                 file = folder / f"{size} {stored}.safetensors"
-                sparse_file(file, single_file.original_state(pipe), getattr(torch, stored))
+                sparse_file(file, saving.original_state(pipe), getattr(torch, stored))
                 given = {"pipeline": type(pipe).__name__, "file": str(file), "config": str(folder / size)}
                 runs = harness.alternate(
                     repeat,

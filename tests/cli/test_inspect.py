@@ -147,6 +147,24 @@ def test_sizes_are_read_easily(n: int, text: str) -> None:
     assert inspect.size(n) == text
 
 
+@pytest.mark.parametrize("name", ["x.ckpt", "x.pt", "a name (2).pth"])
+def test_a_torch_file_by_itself_is_weighed(tmp_path, name) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / name)
+    (found,) = inspect.components(str(tmp_path / name))
+    assert (found.nbytes, found.parameters) == ((tmp_path / name).stat().st_size, 0)
+    assert "not read" in found.note
+    (found,) = inspect.components(str(tmp_path)) if "(" not in name else (found,)
+    assert "not read" in found.note
+
+
+@pytest.mark.parametrize("architectures", ["CLIPTextModel", 7, [], {"a": 1}, None])
+def test_strange_architectures(tmp_path, architectures) -> None:
+    network(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures, "model_type": "clip"}))
+    (found,) = inspect.components(str(tmp_path))
+    assert found.cls == "clip"
+
+
 def test_a_single_file_is_recognised(tmp_path: Path) -> None:
     save_file({"foo": torch.zeros(3)}, tmp_path / "f.safetensors")
     (unknown,) = inspect.components(str(tmp_path / "f.safetensors"))

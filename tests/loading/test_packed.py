@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,24 @@ def test_scaled_float8_files(scale: str, rows: bool, ours: Any, tmp_path: Path) 
     assert torch.equal(run(packed), run(whole))
     with pytest.raises(ValueError, match="GGUF has no name"):
         packed.save_single_file(tmp_path / "f.gguf")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_scaled_float8_in_shards(listed: bool, ours: Any, tmp_path: Path) -> None:
+    """Weights in the first shard, their scales in the second; an index may leave out the scales."""
+    state = scaled(ours.state_dict(), "scale_weight", rows=False)
+    safetensors.torch.save_file(state, tmp_path / "whole.safetensors")
+    aside = ("scale_weight", "scale_input", "scaled_fp8")
+    index: dict[str, str] = {}
+    for i, shard in enumerate([{n for n in state if not n.endswith(aside)}, {n for n in state if n.endswith(aside)}]):
+        name = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
+        safetensors.torch.save_file({n: state[n] for n in shard}, tmp_path / name)
+        index |= {n: name for n in shard if listed or not n.endswith("scale_weight")}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    ours.save_config(tmp_path)
+    whole = load(tmp_path / "whole.safetensors", config=tmp_path).state_dict()
+    sharded = effusion.SD3Transformer2DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(sharded[n], t) for n, t in whole.items())
 
 
 def test_a_scale_that_fits_no_rows(tmp_path: Path) -> None:

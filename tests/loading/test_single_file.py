@@ -17,6 +17,7 @@ from tests.pipelines import tiny
 import effusion
 from effusion.cli import inspect
 from effusion.core.errors import CheckpointError, MissingFile
+from effusion.models import auto_model
 from effusion.weights import single_file
 from effusion.weights.checkpoint import from_dict, open_file
 from effusion.weights.recognise import recognise
@@ -277,6 +278,77 @@ def test_load_finds_out_what_a_folder_is(pair: tuple[Any, Path, str], tmp_path: 
         effusion.load(tmp_path)
 
 
+def test_load_stays_in_its_folder(pair: tuple[Any, Path, str], tmp_path: Path) -> None:
+    _, folder, _ = pair
+    (tmp_path / "here").mkdir()
+    (tmp_path / "beside").mkdir()
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "beside" / "a.safetensors")
+    for subfolder in ("../beside", f"{folder}/scheduler", "../../" + folder.name + "/scheduler"):
+        with pytest.raises(CheckpointError, match="outside of its folder"):
+            effusion.load(tmp_path / "here", subfolder=subfolder)
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "beside")
+    with pytest.raises(CheckpointError, match="is a link to"):
+        effusion.load(tmp_path / "here", subfolder="link")
+    with pytest.raises(MissingFile, match="has no folder nowhere"):
+        effusion.load(tmp_path / "here", subfolder="nowhere")
+    assert type(effusion.load(folder, subfolder="scheduler")).__name__.endswith("Scheduler")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "gguf", "pth", "ckpt"])
+def test_the_only_file_of_a_folder(ending: str, tmp_path: Path) -> None:
+    ours = conv(flux(num_layers=1, num_single_layers=1))
+    state = single_file.original_state(ours)
+    (tmp_path / "x").mkdir()
+    if ending in ("pth", "ckpt"):
+        torch.save(state, tmp_path / "x" / f"f.{ending}")
+    else:
+        ours.save_single_file(tmp_path / "x" / f"f.{ending}")
+    assert_same(effusion.load(tmp_path, subfolder="x").state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "models/a.safetensors", "models/a.gguf"])
+def test_a_missing_file_is_no_repository(name: str, hub: HubServer) -> None:
+    with pytest.raises(MissingFile, match="there is no such file here"):
+        effusion.load(name)
+    assert not hub.requests
+
+
+def test_a_repository_that_moves_while_it_is_loaded(
+    hub: HubServer, pair: tuple[Any, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is of the commit that was asked for first."""
+    _, folder, _ = pair
+    hub.add("us/vae", folder / "vae")
+    read = auto_model.read_json
+
+    def moving(path: Path) -> Any:
+        hub.add("us/vae", {"config.json": path.read_bytes(), "diffusion_pytorch_model.safetensors": b"broken"})
+        return read(path)
+
+    monkeypatch.setattr(auto_model, "read_json", moving)
+    assert type(effusion.AutoModel.from_pretrained("us/vae")) is effusion.AutoencoderKL
+
+
+def test_an_encoder_alone_with_its_configuration(hub: HubServer, pair: tuple[Any, Path, str], tmp_path: Path) -> None:
+    _, folder, _ = pair
+    hub.add("us/pipe", folder)
+    encoder = effusion.DiffusionPipeline.from_pretrained(folder).text_encoder
+    state = {("" if n.startswith("text_") else "text_model.") + n: t for n, t in encoder.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "clip.safetensors")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    for given in (
+        {"config": config},
+        {"config": folder / "text_encoder"},
+        {"config": folder, "subfolder": "text_encoder"},
+        {"config": "us/pipe", "subfolder": "text_encoder"},
+    ):
+        ours = effusion.load(tmp_path / "clip.safetensors", **given)
+        assert ours.config.eos_token_id == config["eos_token_id"]
+        assert ours.config.num_attention_heads == config["num_attention_heads"]
+    with pytest.raises(CheckpointError, match="no repository on the hub"):
+        effusion.load(tmp_path / "clip.safetensors", config="us/none")
+
+
 def test_load_from_the_hub_and_by_link(hub: HubServer, pair: tuple[Any, Path, str], tmp_path: Path) -> None:
     _, folder, _ = pair
     hub.add("us/pipe", folder)
@@ -289,8 +361,10 @@ def test_load_from_the_hub_and_by_link(hub: HubServer, pair: tuple[Any, Path, st
         "us/single",
         "us/single/all.safetensors",
         "https://huggingface.co/us/single/blob/main/all.safetensors",
+        "https://huggingface.co/us/single/resolve/main/all.safetensors?download=true",
     ):
         assert_same(states(effusion.load(source, config=folder)), states(pipe))
+    assert_same(states(effusion.load("us/single", config=folder, local_files_only=True)), states(pipe))
     hub.requests.clear()
     assert_same(states(effusion.load("us/single", config="us/pipe")), states(pipe))
     assert not [f for f in hub.fetched() if f.endswith("safetensors")], "only configurations are needed of `config`"
@@ -298,11 +372,20 @@ def test_load_from_the_hub_and_by_link(hub: HubServer, pair: tuple[Any, Path, st
 
 WIDE = torch.zeros(4, 768)
 OTHERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "lora": ({"unet.down_blocks.1.attn2.to_k.lora_A.weight": WIDE}, "LoRA for Stable Diffusion 1.x.*load_lora_weights"),
+    "lora": (
+        {"unet.down_blocks.1.attn2.to_k.lora_A.weight": WIDE},
+        "LoRA for Stable Diffusion 1.x; adapters can't be loaded yet",
+    ),
+    "old lora": ({"unet.attn2.processor.to_k_lora.down.weight": WIDE}, "LoRA for Stable Diffusion 1.x"),
+    "linear lora": ({"unet.attn2.to_k.lora_linear_layer.up.weight": WIDE}, "LoRA for an unknown family"),
+    "xlabs lora": ({"double_blocks.0.processor.qkv_lora1.down.weight": WIDE}, "LoRA for FLUX.1"),
+    "lycoris": ({"lora_unet_mid_block.hada_w1_a": WIDE}, "LoRA"),
     "kohya": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": WIDE}, "LoRA for FLUX"),
-    "embedding": ({"emb_params": WIDE}, "textual inversion of width 768.*load_textual_inversion"),
+    "embedding": ({"emb_params": WIDE}, "textual inversion of width 768; adapters can't"),
     "embedding by token": ({"<cat>": WIDE}, "textual inversion"),
-    "ip adapter": ({"image_proj.x": WIDE, "ip_adapter.1.to_k_ip.weight": WIDE + 1}, "IP-Adapter.*load_ip_adapter"),
+    "embedding of a bare token": ({"a-cat": WIDE}, "textual inversion of width 768"),
+    "a table": ({"weight": torch.zeros(99, 768)}, "unknown"),
+    "ip adapter": ({"image_proj.x": WIDE, "ip_adapter.1.to_k_ip.weight": WIDE + 1}, "IP-Adapter; adapters can't"),
     "unknown": ({"foo.bar": WIDE}, "unknown: 1 tensors such as foo.bar"),
 }
 
@@ -317,6 +400,12 @@ def test_load_says_what_else_a_file_is(tmp_path: Path, case: str) -> None:
         effusion.StableDiffusionPipeline.from_single_file(tmp_path / "f.safetensors")
 
 
+def test_an_ip_adapter_in_a_torch_file(tmp_path: Path) -> None:
+    torch.save({"image_proj": {"proj.weight": WIDE}, "ip_adapter": {"1.to_k_ip.weight": WIDE}}, tmp_path / "ip.bin")
+    with pytest.raises(CheckpointError, match="is an IP-Adapter"):
+        effusion.load(tmp_path / "ip.bin")
+
+
 def test_what_a_file_lacks_is_said(pair: tuple[Any, Path, str], tmp_path: Path) -> None:
     _, folder, _ = pair
     pipe = effusion.DiffusionPipeline.from_pretrained(folder)
@@ -329,7 +418,11 @@ def test_what_a_file_lacks_is_said(pair: tuple[Any, Path, str], tmp_path: Path) 
         type(pipe).from_single_file(no_vae, config=folder)
     assert type(pipe).from_single_file(no_vae, config=folder, vae=pipe.vae).vae is pipe.vae
     state["first_stage_model.decoder.conv_in.weight"] = torch.zeros(3, 3)
-    with pytest.raises((CheckpointError, ValueError, IndexError)):
+    with pytest.raises(CheckpointError, match="named like those of a known network, but they are none"):
+        type(pipe).from_single_file(
+            {**state, "first_stage_model.encoder.conv_in.weight": torch.zeros(3)}, config=folder
+        )
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit AutoencoderKL.*decoder\.conv_in\.weight is \[3, 3\]"):
         type(pipe).from_single_file(state, config=folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from effusion.core.errors import CheckpointError, MissingFile, UntrustedCode
-from effusion.weights import assign, saving
-from effusion.weights.checkpoint import Checkpoint, from_dict, open_checkpoint, open_file
+from effusion.weights import assign, names, saving
+from effusion.weights.checkpoint import from_dict, open_checkpoint, open_file
+from effusion.weights.entries import Checkpoint
 
 STATE = {f"block.{i}.weight": torch.full((4, 4), float(i)) for i in range(6)}
 
@@ -86,6 +88,67 @@ def test_a_shard_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
     (path.parent / shard).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is a link to"):
         open_checkpoint(path.parent)
+
+
+def test_safetensors_only_means_what_is_inside(tmp_path: Path) -> None:
+    folders = [tmp_path / n for n in ("named", "listed")]
+    for folder in folders:
+        folder.mkdir()
+        torch.save(STATE, folder / "x.bin")
+        with pytest.raises(CheckpointError, match="x.bin is a torch file inside"):
+            open_file(folder / "x.bin", pickles=False)
+    (folders[0] / "x.bin").rename(folders[0] / "diffusion_pytorch_model.safetensors")
+    index = {"weight_map": dict.fromkeys(STATE, "x.bin")}
+    (folders[1] / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(open_checkpoint(folders[1]))
+    for folder in folders:
+        with pytest.raises(CheckpointError, match="is a torch file inside"):
+            open_checkpoint(folder, use_safetensors=True)
+
+
+def test_shards_read_at_the_same_time_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    state = {f"{i}.{n}": torch.randn(s).half() for i in range(8) for n, s in (("weight", (32, 32)), ("bias", (32,)))}
+    saving.save_weights(tmp_path, state, max_shard_size=5000)
+    readers = set()
+    fresh = assign._fresh
+
+    def watched(*args: Any) -> torch.Tensor:
+        readers.add(threading.get_ident())
+        return fresh(*args)
+
+    monkeypatch.setattr(assign, "_fresh", watched)
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        with torch.device("meta"):
+            model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(8)))
+        assign.assign(model, open_checkpoint(tmp_path), torch.float32)
+        found.append(model.state_dict())
+    assert len(readers) > 2
+    for name, tensor in state.items():
+        assert torch.equal(found[0][name], tensor.float()), name
+        assert torch.equal(found[1][name], tensor.float()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.safetensors", ("model", "safetensors", None, False)),
+        ("model-00001-of-00002.fp16.safetensors", ("model", "safetensors", "fp16", False)),
+        ("model.fp16-00001-of-00002.bin", ("model", "bin", "fp16", False)),
+        ("model.safetensors.index.fp16.json", ("model", "safetensors", "fp16", True)),
+        ("v1-5-pruned.ckpt", ("v1-5-pruned", "ckpt", None, False)),
+        ("config.json", None),
+        ("model.safetensors.json", None),
+    ],
+)
+def test_names_are_read_as_they_are_made(name: str, says: Any) -> None:
+    found = names.parse(name)
+    assert (None if found is None else (found.stem, found.extension, found.variant, found.index)) == says
+    made = names.WeightNames("model", "safetensors", "fp16")
+    for own in (made.single, made.index, made.shard(1, 3)):
+        assert names.parse(own) == names.Named("model", "safetensors", "fp16", own == made.index)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -12,10 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..weights.names import EXTENSIONS, PICKLES, Named, parse
 from .generate import model_path
 
-# stem, variant, shard: diffusion_pytorch_model.fp16-00001-of-00002.safetensors
-_WEIGHTS = re.compile(r"^(?P<stem>[\w-]+?)(\.(?P<variant>[\w]+))?(-\d{5}-of-\d{5})?\.(?P<kind>safetensors|bin)$")
 _PICKLED = "not read: a torch file"
 
 
@@ -69,7 +67,7 @@ def components(model: str, revision: str | None = None) -> list[Component]:
         parts = [_part(source, names, key, entry) for key, entry in index.items() if _is_component(entry)]
         return [Component("pipeline", str(index.get("_class_name", "?")), "diffusers"), *parts]
     here = [name for name in names if "/" not in name]
-    if "config.json" in here or any(_WEIGHTS.match(name) for name in here):
+    if "config.json" in here or any(_weights_name(name) for name in here):
         config = read_json(source.path("config.json")) if "config.json" in here else {}
         return [_weights(Component(path.name, _class_of(config)), source, "", here)]
     raise CheckpointError(
@@ -85,7 +83,7 @@ def _inside(path: Path) -> list[Component]:
     from ..weights.recognise import recognise
 
     if torch_file.looks_like(path):
-        return [_weights(Component(path.name, "", "file"), _Folder(path.parent), "", [path.name])]
+        return [Component(path.name, "", "file", nbytes=path.stat().st_size, note=_PICKLED)]
     checkpoint = open_file(path)
     verdict = recognise(checkpoint)
     whole = Component(path.name, verdict.pipeline or "", "file", note=verdict.describe())
@@ -96,7 +94,7 @@ def _inside(path: Path) -> list[Component]:
 
 
 def _counted(component: Component, checkpoint: Any) -> Component:
-    from ..weights.checkpoint import Packed
+    from ..weights.entries import Packed
     from ..weights.safetensors_file import DTYPE_NAMES
 
     dtypes: Counter[str] = Counter()
@@ -111,7 +109,15 @@ def _is_component(entry: Any) -> bool:
 
 
 def _class_of(config: dict[str, Any]) -> str:
-    return str(config.get("_class_name") or (config.get("architectures") or [config.get("model_type", "?")])[0])
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return str(config.get("_class_name") or first or config.get("model_type", "?"))
+
+
+def _weights_name(name: str) -> Named | None:
+    """What the name of a file that can be counted or weighed says; ``None`` of any other."""
+    found = parse(name)
+    return found if found is not None and not found.index and found.extension != "gguf" else None
 
 
 def _part(source: _Folder, names: list[str], key: str, entry: list[Any]) -> Component:
@@ -126,10 +132,10 @@ def _weights(component: Component, source: _Folder, folder: str, files: Iterable
     """Count what the headers of the weights in ``folder`` say; the ordinary weights, else the first variant."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(files):
-        if (match := _WEIGHTS.match(name)) is not None:
-            groups[match["variant"] or "", match["kind"]].append(name)
-    kinds = [kind for _, kind in groups]
-    kind = "safetensors" if "safetensors" in kinds else "bin"
+        if (found := _weights_name(name)) is not None:
+            groups[found.variant or "", found.extension].append(name)
+    kinds = {kind for _, kind in groups}
+    kind = next((k for k in EXTENSIONS if k in kinds), "")
     variants = [variant for variant, k in groups if k == kind]
     if not variants:
         return component
@@ -138,7 +144,7 @@ def _weights(component: Component, source: _Folder, folder: str, files: Iterable
     dtypes: Counter[str] = Counter()
     for name in chosen:
         inside = f"{folder}/{name}" if folder else name
-        if kind == "bin":
+        if kind in PICKLES:
             component.note = _PICKLED
             component.nbytes += source.size(inside)
             continue

@@ -78,7 +78,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     # packed weights
     "effusion.quant.gguf": ("GGUFQuantizationConfig",),
     # pipelines
-    "effusion.pipelines.single_file": ("load",),
+    "effusion.pipelines.anything": ("load",),
     "effusion.pipelines.base": ("DiffusionPipeline",),
     "effusion.pipelines.mixins": ("StableDiffusionMixin",),
     "effusion.pipelines.modular": ("ModularPipeline",),

@@ -37,7 +37,9 @@ class AutoModel(ConfigMixin):
             raise ValueError("AutoModel.from_pretrained needs a folder or the name of a repository")
         trusted = kwargs.pop("trust_remote_code", False) is True
         where, _ = hub.split_location(kwargs)
-        found = _class_of(path, where, trusted)
+        found, commit = _class_of(path, where, trusted)
+        if commit is not None and not Path(path).exists():  # weights are those of the same commit
+            kwargs["revision"] = commit
         if found.__module__.split(".")[0] == "transformers":
             return load_foreign(found, path, **kwargs)
         return found.from_pretrained(path, **kwargs)
@@ -64,20 +66,21 @@ class AutoModel(ConfigMixin):
         return found(found.config_class.from_dict(config))
 
 
-def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: bool) -> Any:
+def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: bool) -> tuple[Any, str | None]:
+    """The class of what is in ``path``, and the commit of the file that says so."""
     config_file = hub.try_file(path, AutoModel.config_name, **where)
     config = read_json(config_file) if config_file is not None else {}
     if "_class_name" not in config and where.get("subfolder"):
         index = hub.try_file(path, "model_index.json", **{**where, "subfolder": None})
         entry = read_json(index).get(str(where["subfolder"])) if index else None
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            return registry.find_class(*entry)
+            return registry.find_class(*entry), hub.commit_of(index) if index else None
     if config_file is None:
         raise MissingFile(f"{Path(path) / (where.get('subfolder') or '')}: no {AutoModel.config_name} there")
     commit = hub.commit_of(config_file)
     if "auto_map" in config and trusted and commit and not Path(path).exists():
         remote.read_repository(str(path), trusted, **{**where, "revision": commit})  # fetches the code beside it
-    return class_from_config(config, str(config_file), trusted)
+    return class_from_config(config, str(config_file), trusted), commit
 
 
 def class_from_config(config: Mapping[str, Any], label: str, trusted: bool = False) -> Any:

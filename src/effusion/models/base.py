@@ -16,13 +16,13 @@ from ..core import log, publish, registry
 from ..core.config import ConfigMixin
 from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
-from ..nn.dispatch import AttentionBackendMixin
+from ..nn.xformers import XformersMixin
 from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
 from ..placement.switches import MemorySwitches
 from ..weights import original_config, recognise, saving, single_file
-from ..weights.checkpoint import Checkpoint
+from ..weights.entries import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared
 
 logger = log.get_logger(__name__)
@@ -30,7 +30,7 @@ Self = TypeVar("Self", bound="ModelMixin")
 
 
 class ModelMixin(
-    MemorySwitches, AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin, publish.PushToHubMixin
+    MemorySwitches, XformersMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin, publish.PushToHubMixin
 ):
     """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved.
 
@@ -153,8 +153,8 @@ class ModelMixin(
             kwargs.pop("torch_dtype", None)
         options = replace(LoadOptions.take(kwargs), packed=packed is not None)
         changes = {**original_config.entries(kwargs.pop("original_config", None)).get(cls.__name__, {}), **kwargs}
-        prepared = cls._prepare_single(single_file.open_source(source, **options.where), given, options, **changes)
-        return prepared.build()
+        checkpoint = single_file.open_source(source, options.use_safetensors is not True, **options.where)
+        return cls._prepare_single(checkpoint, given, options, **changes).build()
 
     def _unpack_in_calls(self, codecs: Mapping[str, Any]) -> None:
         """Parameters that were loaded as bytes, each with its codec and the dtype to compute in."""
@@ -168,13 +168,13 @@ class ModelMixin(
     @classmethod
     def _prepare_single(cls, checkpoint: Checkpoint, given: Any, options: LoadOptions, **changes: Any) -> Prepared[Any]:
         """What :meth:`_prepare` does, for a file that holds this network in any layout."""
-        part = recognise.part_for(checkpoint, cls.__name__)
+        part = recognise.part_for(checkpoint, cls.__name__, configured=given is not None)
         if isinstance(given, Mapping):
             config: Mapping[str, Any] = given
         elif given is not None:
             config = cls.load_config(given, **options.where)
         elif part.config:
-            config = part.config
+            config = part.configuration(checkpoint, changes)
         else:
             raise ValueError(f"{checkpoint.label} carries no configuration of {cls.__name__}: give `config=`")
         return Prepared.of(cls, config, part.read(checkpoint), options, changes, checkpoint.label)
@@ -253,7 +253,7 @@ class ModelMixin(
             )
         return self.state_dict()
 
-    # -- size ------------------------------------------------------------------------------------
+    # -- size and speed ------------------------------------------------------------------------
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters; optionally only those that need gradients, or without embedding tables."""
@@ -267,8 +267,6 @@ class ModelMixin(
         buffers = sum(b.nbytes for b in self.buffers()) if return_buffers else 0
         return sum(p.nbytes for p in self.parameters()) + buffers
 
-    # -- speed -----------------------------------------------------------------------------------
-
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile`` every block that repeats (``_repeated_blocks``): compiled once, used many times.
 
@@ -280,27 +278,3 @@ class ModelMixin(
             raise ValueError(f"{type(self).__name__} has no blocks of the classes {list(self._repeated_blocks)}")
         for block in blocks:
             block.compile(*args, **kwargs)
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Callable[..., Any] | None = None) -> None:
-        """Compute attention with the package ``xformers``.
-
-        Raises:
-            MissingExtra: it is not installed.
-            ValueError: ``attention_op`` is given; the package chooses its own.
-        """
-        if attention_op is not None:
-            raise ValueError("`attention_op` can't be chosen here; leave it out")
-        self.set_attention_backend("xformers")
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Back to the backend in force."""
-        self.reset_attention_backend()
-
-    def set_use_memory_efficient_attention_xformers(
-        self, valid: bool, attention_op: Callable[..., Any] | None = None
-    ) -> None:
-        """The two above under one name."""
-        if valid:
-            self.enable_xformers_memory_efficient_attention(attention_op)
-        else:
-            self.disable_xformers_memory_efficient_attention()

@@ -17,7 +17,7 @@ from ..core.config import read_json
 from ..core.errors import CheckpointError, UntrustedCode
 from ..placement import packing
 from ..weights import assign
-from ..weights.checkpoint import Checkpoint
+from ..weights.entries import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared, building
 
 logger = log.get_logger(__name__)

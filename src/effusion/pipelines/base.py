@@ -17,7 +17,7 @@ from ..core.config import ConfigMixin
 from ..core.publish import PushToHubMixin
 from ..core.types import State, Step
 from ..placement.pipeline_switches import PipelineSwitches
-from . import loading, sharing, single_file
+from . import downloading, loading, saving, sharing, single_file
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
 from .facts import LIVE, PipelineFacts
@@ -119,9 +119,9 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save every component and ``model_index.json``; see :func:`~.loading.save_pipeline`."""
+        """Save every component and ``model_index.json``; see :func:`~.saving.save_pipeline`."""
         how = (safe_serialization, variant, max_shard_size, push_to_hub)
-        loading.save_pipeline(self, save_directory, *how, **kwargs)
+        saving.save_pipeline(self, save_directory, *how, **kwargs)
 
     @classmethod
     def from_single_file(cls: type[Self], pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:
@@ -129,13 +129,13 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
         return single_file.load_single(cls, pretrained_model_link_or_path, **kwargs)  # type: ignore[no-any-return]
 
     def save_single_file(self, path: str | os.PathLike[str], **metadata: str) -> None:
-        """Write the networks into one file in the original layout; see :func:`~.single_file.save_single`."""
-        single_file.save_single(self, path, **metadata)
+        """Write the networks into one file in the original layout; see :func:`~.saving.save_single`."""
+        saving.save_single(self, path, **metadata)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
         """Fetch what a pipeline needs into the cache and return the folder."""
-        return str(loading.download(pretrained_model_name, **kwargs))
+        return str(downloading.download(pretrained_model_name, **kwargs))
 
     @classmethod
     def from_pipe(cls: type[Self], pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

@@ -1,90 +1,29 @@
-"""Loading and saving pipelines: every component is found, opened and checked before any weights are read."""
+"""Loading pipelines: every component is found, opened and checked before any weights are read."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..core import hub, log, publish, registry, remote
-from ..core.config import read_json
+from ..core import hub, log
 from ..core.errors import CheckpointError, MissingFile
-from ..models.foreign import Fallback, native_class, prepare_foreign, without_code
-from ..placement.machine import check_device
-from ..weights import saving
-from ..weights.prepare import LoadOptions, Prepared, parse_dtype
+from ..models.foreign import Fallback, prepare_foreign, without_code
+from ..weights.prepare import LoadOptions, Prepared
 from . import downloading
+from .classes import find_component_class, pipeline_class
 from .components import component_names
+from .index import INDEX, read_index
+from .options import PipelineOptions, place
 
 logger = log.get_logger(__name__)
-INDEX = "model_index.json"
 # arguments that scripts pass to any pipeline class, whether it has them or not
 _HARMLESS = {"safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder", "add_watermarker"}
 _HARMLESS |= {"use_flash_attention_2"}  # the attention backend is chosen by `attention_backend`
-_IGNORED = {"provider", "sess_options", "return_cached_folder", "load_connected_pipeline", "mirror"}
-_CUSTOM = ("custom_pipeline", "custom_revision")
-
-
-@dataclass
-class PipelineOptions:
-    """The arguments of a pipeline's ``from_pretrained`` that are neither components nor configuration."""
-
-    base: LoadOptions
-    dtypes: dict[str, torch.dtype | None] = field(default_factory=dict)
-    default_dtype: torch.dtype | None = torch.float32
-    device_map: Any = None
-    max_memory: Any = None
-    memory: Any = None
-    ram: Any = None
-    quality: str | None = None
-    custom_pipeline: str | None = None
-    custom_revision: str | None = None
-    trust_remote_code: bool = False
-
-    @classmethod
-    def take(cls, kwargs: dict[str, Any]) -> PipelineOptions:
-        """Pop what belongs here out of ``kwargs``; components and configuration stay."""
-        if kwargs.get("quantization_config") is not None:
-            raise ValueError("`quantization_config`: quantise a component by itself, then pass it to the pipeline")
-        dtypes, default = _split_dtypes(kwargs)
-        own = {n: kwargs.pop(n, None) for n in ("device_map", "max_memory", "memory", "ram", "quality", *_CUSTOM)}
-        trusted = kwargs.pop("trust_remote_code", False) is True
-        for name in _IGNORED:
-            kwargs.pop(name, None)
-        base = LoadOptions.take(kwargs)
-        return cls(base, dtypes, default, trust_remote_code=trusted, **own)
-
-    def for_component(self, name: str, variant: str | None) -> LoadOptions:
-        """The options to load the component ``name`` with, from a folder of its own."""
-        dtype = self.dtypes.get(name, self.default_dtype)
-        device = self.device_map if isinstance(self.device_map, (str, torch.device, int)) else None
-        single = check_device(device) if device is not None and device not in _STRATEGIES else None
-        return replace(self.base, where={}, dtype=dtype, variant=variant, device=single)
-
-
-_STRATEGIES = ("balanced", "auto", "sequential", "balanced_low_0")
-
-
-def _split_dtypes(kwargs: dict[str, Any]) -> tuple[dict[str, torch.dtype | None], torch.dtype | None]:
-    """``torch_dtype`` / ``dtype`` as (per component, default)."""
-    old, new = kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None)
-    given = new if new is not None else old
-    if given is None:
-        return {}, torch.float32
-    if not isinstance(given, Mapping):
-        return {}, parse_dtype(given)
-    table = {name: parse_dtype(value) for name, value in given.items()}
-    return table, table.pop("default", torch.float32)
-
-
-# -- loading -------------------------------------------------------------------------------------
 
 
 def load_pipeline(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -108,14 +47,14 @@ def load_pipeline(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str
     folder = Path(path)
     if not folder.is_dir():
         passed = list(kwargs)
-        folder = download(path, passed=passed, **_download_options(options))
+        folder = downloading.download(path, passed=passed, **_download_options(options))
     index = read_index(folder)
     cls = pipeline_class(cls, index, folder, options)
-    _check_arguments(cls, kwargs, options)
+    check_arguments(cls, kwargs, options)
     components, settings = _gather(cls, folder, index, kwargs, options)
     pipe = assemble(cls, components, settings)
     pipe.register_to_config(_name_or_path=str(path))
-    return _place(pipe, options)
+    return place(pipe, options)
 
 
 def assemble(cls: Any, components: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
@@ -150,75 +89,7 @@ def _download_options(options: PipelineOptions) -> dict[str, Any]:
     }
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """``model_index.json`` of ``folder``, checked: component names are plain, entries are [library, class]."""
-    path = folder / INDEX
-    if not path.is_file():
-        hint = (
-            "a single network is loaded with `AutoModel.from_pretrained`" if (folder / "config.json").is_file() else ""
-        )
-        raise MissingFile(f"{folder} has no {INDEX}, so it is no pipeline" + (f"; {hint}" if hint else ""))
-    index = read_json(path)
-    for name, value in index.items():
-        if not name.startswith("_") and isinstance(value, list) and len(value) == 2:
-            if not name.isidentifier():
-                raise CheckpointError(f"{path}: {name!r} can't be the name of a component")
-            if not all(part is None or isinstance(part, str) for part in value):
-                raise CheckpointError(f"{path}: component {name!r} must be [library, class], not {value!r}")
-    return index
-
-
-def pipeline_class(cls: Any, index: Mapping[str, Any], folder: Path, options: PipelineOptions) -> Any:
-    """The class to build: ``cls``, or what the index names if ``cls`` is ``DiffusionPipeline`` itself."""
-    name = index.get("_class_name")
-    if options.custom_pipeline is not None:
-        return custom_class(str(options.custom_pipeline), options)
-    if isinstance(name, list):
-        if len(name) != 2 or not all(isinstance(part, str) for part in name):
-            raise CheckpointError(f"{folder / INDEX}: `_class_name` must be a name or [file, name], not {name!r}")
-        remote.consent(f"the pipeline {name[1]!r} of {folder}", options.trust_remote_code)
-        file, class_name = name
-        own = remote.load_class(remote.read_folder(folder), file, class_name, trusted=options.trust_remote_code)
-        if not hasattr(own, "register_modules"):
-            raise CheckpointError(f"{folder / INDEX}: {class_name} of {file}.py is no pipeline class")
-        return own
-    if cls.__name__ != "DiffusionPipeline":
-        return cls
-    if not isinstance(name, str):
-        raise CheckpointError(f"{folder / INDEX} names no `_class_name`")
-    found = registry.find_class("diffusers", name)
-    if not hasattr(found, "register_modules"):
-        raise CheckpointError(f"{folder / INDEX}: {name} is no pipeline class")
-    return found
-
-
-def custom_class(place: str, options: PipelineOptions) -> type:
-    """The pipeline class in ``place``: a Python file, a folder with ``pipeline.py``, a repository with one, or the
-    name of one in the community's collection.
-
-    Raises:
-        UntrustedCode: no ``trust_remote_code=True``.
-    """
-    remote.consent(f"the custom pipeline {place!r}", options.trust_remote_code)
-    path = Path(place)
-    if path.is_file():
-        return remote.load_class(remote.read_folder(path.parent), path.stem, None, options.trust_remote_code)
-    if path.is_dir():
-        return remote.load_class(remote.read_folder(path), "pipeline", None, options.trust_remote_code)
-    where = options.base.where
-    if place.isidentifier():
-        code = remote.read_community(place, options.trust_remote_code, options.custom_revision, **where)
-        return remote.load_class(code, place, None, options.trust_remote_code)
-    if place.count("/") != 1:
-        raise MissingFile(
-            f"custom_pipeline={place!r}: give a file, a folder with pipeline.py, a repository `owner/name`, or the name "
-            "of a pipeline in the community's collection"
-        )
-    code = remote.read_repository(place, options.trust_remote_code, **{**where, "revision": options.custom_revision})
-    return remote.load_class(code, "pipeline", None, options.trust_remote_code)
-
-
-def _check_arguments(cls: Any, kwargs: dict[str, Any], options: PipelineOptions) -> None:
+def check_arguments(cls: Any, kwargs: dict[str, Any], options: PipelineOptions) -> None:
     """Refuse arguments that the class doesn't have, after dropping those that any script may pass."""
     known = set(inspect.signature(cls.__init__).parameters) - {"self"} | {"_name_or_path"}
     components = component_names(cls)
@@ -282,23 +153,6 @@ def _names_in(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def find_component_class(name: str, library: str, class_name: str, folder: Path, trusted: bool = False) -> Any:
-    """The class of component ``name`` in ``folder``; :class:`CheckpointError` names it if there is none.
-
-    ``library`` may be a Python file in the folder; that takes consent.
-    """
-    if library.isidentifier() and (folder / f"{library}.py").is_file():
-        remote.consent(f"the component {name!r} ({library}.py in {folder})", trusted)
-        return remote.load_class(remote.read_folder(folder), library, class_name, trusted)
-    try:
-        own = native_class(class_name, folder) if library == "transformers" else None
-        if own is not None:
-            return own
-        return registry.find_class(library, downloading.CLASS_ALIASES.get(class_name, class_name))
-    except CheckpointError as error:
-        raise CheckpointError(f"component {name!r}: {error}") from error
-
-
 def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
     """A component of ``folder``, or something whose ``build()`` gives it; files are opened and checked only."""
     root = folder / name
@@ -327,112 +181,3 @@ def small_component(cls: Any, root: Path) -> Any:
         raise
     except Exception as error:  # tokenizers and processors raise anything on damaged files
         raise CheckpointError(f"{root}: no {cls.__name__} could be read from it: {error}") from error
-
-
-def _place(pipe: Any, options: PipelineOptions) -> Any:
-    """Apply a budget or a ``device_map`` strategy; weights are still unread in the mapped files."""
-    if (options.memory, options.ram, options.quality) != (None, None, None):
-        pipe.fit(options.memory, ram=options.ram, quality=options.quality or "exact")
-    elif isinstance(options.device_map, Mapping) or options.device_map in _STRATEGIES:
-        pipe._apply_device_map(options.device_map, options.max_memory)
-    elif options.device_map is not None:  # components were loaded there
-        pipe.__dict__["_device_map"] = str(options.device_map)
-    return pipe
-
-
-def download(
-    pretrained_model_name: str | os.PathLike[str],
-    *,
-    passed: list[str] | None = None,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-    custom_pipeline: str | None = None,
-    trust_remote_code: bool = False,
-    **kwargs: Any,
-) -> Path:
-    """Fetch into the cache what a pipeline needs, and only that; returns the folder.
-
-    That is ``model_index.json``, the small files of each component, and one form of its weights:
-    the variant if there is one, safetensors if there are any. Components named in ``passed`` are
-    left out. All files are of one commit.
-
-    Raises:
-        CheckpointError: no such repository, revision or pipeline; the hub does not answer.
-    """
-    where, _ = hub.split_location(kwargs)
-    where.pop("subfolder", None)
-    if Path(pretrained_model_name).is_dir():
-        return Path(pretrained_model_name)
-    repo = str(pretrained_model_name)
-    index_path = hub.resolve_file(repo, INDEX, **where)
-    commit = hub.commit_of(index_path)
-    index = read_index(index_path.parent)
-    class_name = index.get("_class_name")
-    if isinstance(class_name, list):
-        remote.consent(f"the pipeline {class_name!r} of {repo}", trust_remote_code)
-    where["revision"] = commit
-    skip = set(passed or ())
-    parts = [n for n, v in index.items() if _is_present(n, v) and n not in skip]
-    files: list[str] | None = None
-    if not where.get("local_files_only"):
-        with suppress(MissingFile):
-            _, files = hub.repo_files(repo, revision=commit, token=where.get("token"))
-    if files is None:  # nothing but the cache to go by
-        return index_path.parent
-    chosen = [INDEX]
-    for part in parts:
-        chosen += downloading.choose_files(files, part, variant, use_safetensors)
-    if trust_remote_code:  # code that the index names: the pipeline's, and that of components
-        folders = {"", *parts}
-        chosen += [f for f in files if f.endswith(".py") and f.rpartition("/")[0] in folders]
-    return hub.snapshot(repo, chosen, **where)
-
-
-def _is_present(name: str, value: Any) -> bool:
-    return not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1] is not None
-
-
-# -- saving --------------------------------------------------------------------------------------
-
-
-def save_pipeline(
-    pipe: Any,
-    save_directory: str | os.PathLike[str],
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    max_shard_size: int | str | None = None,
-    push_to_hub: bool = False,
-    **kwargs: Any,
-) -> None:
-    """Write every component into its own folder, and ``model_index.json``.
-
-    All of it is written aside first and then moved into place file by file, ``model_index.json`` last:
-    an interrupted save leaves the old pipeline as it was.
-    """
-    if max_shard_size is not None:
-        saving.parse_size(max_shard_size)
-    folder = Path(save_directory)
-    wanted = {
-        "safe_serialization": safe_serialization,
-        "variant": variant,
-        **({"max_shard_size": max_shard_size} if max_shard_size else {}),
-    }
-    written: dict[str, list[str]] = {}
-    with saving.staged(folder) as aside:
-        for name, component in pipe.components.items():
-            if component is not None:
-                _save_component(getattr(component, "_orig_mod", component), aside / name, wanted)
-                written[name] = _names_in(aside / name)
-        pipe.save_config(aside)
-    for name, files in written.items():
-        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
-            if any(file.startswith(stem) for file in files):
-                saving.remove_stale(folder / name, files, stem, variant)
-    if push_to_hub:
-        publish.upload(pipe, folder, **kwargs)
-
-
-def _save_component(component: Any, folder: Path, wanted: Mapping[str, Any]) -> None:
-    save: Callable[..., Any] = component.save_pretrained
-    accepted = inspect.signature(save).parameters
-    save(folder, **{k: v for k, v in wanted.items() if k in accepted})

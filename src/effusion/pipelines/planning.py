@@ -12,8 +12,10 @@ from torch import nn
 from ..core import hub
 from ..core.errors import CheckpointError
 from ..weights.prepare import LoadOptions, building
-from . import loading
+from . import classes, loading
 from .components import component_names
+from .index import INDEX, read_index
+from .options import PipelineOptions
 
 SMALL = (".json", ".txt", ".model", ".jinja")  # what configurations, tokenizers and schedulers are made of
 
@@ -33,9 +35,9 @@ def skeleton(
     from .base import DiffusionPipeline
 
     folder = Path(path) if Path(path).is_dir() else _fetch(str(path), revision)
-    options = loading.PipelineOptions(LoadOptions())
-    index = loading.read_index(folder)
-    found = loading.pipeline_class(cls or DiffusionPipeline, index, folder, options)
+    options = PipelineOptions(LoadOptions())
+    index = read_index(folder)
+    found = classes.pipeline_class(cls or DiffusionPipeline, index, folder, options)
     components: dict[str, Any] = {}
     for name in component_names(found):
         entry = index.get(name)
@@ -50,7 +52,7 @@ def skeleton(
 
 
 def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) -> Any:
-    cls: Any = loading.find_component_class(name, entry[0], entry[1], folder / name)
+    cls: Any = classes.find_component_class(name, entry[0], entry[1], folder / name)
     if nn.Module not in getattr(cls, "__mro__", ()):
         return loading.prepare(cls, folder, name, LoadOptions())
     label = str(folder / name)
@@ -68,7 +70,7 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
 def _fetch(repo: str, revision: str | None) -> Path:
     """The small files of ``repo``, in the cache."""
     commit, names = hub.repo_files(repo, revision=revision)
-    if loading.INDEX not in names:
-        raise CheckpointError(f"{repo} has no {loading.INDEX}, so it is no pipeline")
+    if INDEX not in names:
+        raise CheckpointError(f"{repo} has no {INDEX}, so it is no pipeline")
     small = [n for n in names if n.count("/") <= 1 and n.endswith(SMALL) and not n.endswith(".index.json")]
     return hub.snapshot(repo, small, revision=commit)

@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 from ..weights.prepare import LoadOptions
-from . import loading
+from .classes import custom_class
 from .components import component_names
+from .options import PipelineOptions
 
 
 def parameters_of(pipe: Any) -> dict[str, Any]:
@@ -28,8 +29,8 @@ def share(cls: Any, pipeline: Any, kwargs: dict[str, Any]) -> Any:
     place, revision = kwargs.pop("custom_pipeline", None), kwargs.pop("custom_revision", None)
     trusted = kwargs.pop("trust_remote_code", False) is True
     if place is not None:
-        options = loading.PipelineOptions(LoadOptions(), custom_revision=revision, trust_remote_code=trusted)
-        return loading.custom_class(str(place), options).from_pipe(pipeline, **kwargs)  # type: ignore[attr-defined]
+        options = PipelineOptions(LoadOptions(), custom_revision=revision, trust_remote_code=trusted)
+        return custom_class(str(place), options).from_pipe(pipeline, **kwargs)  # type: ignore[attr-defined]
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
     given, kept = _arguments(cls, pipeline, kwargs)
     made = cls(**given)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import CheckpointError
 from ..quant.codec import Codec
-from .checkpoint import Checkpoint
+from .entries import Checkpoint
 from .slices import TensorSlice
 
 
@@ -95,7 +98,7 @@ def assign(
 
     A tensor that needs no conversion is the mapped file itself (copy-on-write, so writing to it
     never reaches the file). One that does is converted alone and its pages are given back: the peak
-    is the weights plus one tensor.
+    is the weights plus one tensor, of each shard that is read at the same time.
 
     Args:
         dtype: what floating-point weights become; ``None`` keeps what is stored.
@@ -108,31 +111,68 @@ def assign(
     Returns:
         For every name, where its values lie in the files (as stored), for those that want to read them again.
     """
-    slices: dict[str, TensorSlice] = {}
-    done: dict[int, Tensor] = {}
-    unpack: dict[int, tuple[Codec, torch.dtype]] = {}
-    for name, old in expected_tensors(model).items():
-        if id(old) not in done:
+    wanted = expected_tensors(model)
+    jobs: dict[int, _Job] = {}
+    for name, old in wanted.items():
+        if id(old) not in jobs:
             source = name if name in checkpoint else next(iter(_tied(model, old, checkpoint)), None)
-            if source is None or tuple(checkpoint[source].shape) != tuple(old.shape):
-                continue
-            target = _target_dtype(name, old, dtype, keep_in_fp32)
-            raw = checkpoint.packed(source, mapped) if packed is not None and isinstance(old, nn.Parameter) else None
-            if raw is None:
-                done[id(old)] = _fresh(checkpoint, source, old, target, device, mapped)
-            else:
-                done[id(old)] = nn.Parameter(raw[0].to(device), requires_grad=False)
-                unpack[id(old)] = raw[1], target or torch.float32
-            entry = checkpoint[source]
-            if isinstance(entry, TensorSlice):
-                slices[name] = entry
-        if packed is not None and id(old) in unpack:
-            packed[name] = unpack[id(old)]
+            if source is not None and tuple(checkpoint[source].shape) == tuple(old.shape):
+                jobs[id(old)] = _Job(source, old, _target_dtype(name, old, dtype, keep_in_fp32))
+    _carry_out(list(jobs.values()), checkpoint, device, mapped, packed is not None)
+    slices: dict[str, TensorSlice] = {}
+    for name, old in wanted.items():
+        job = jobs.get(id(old))
+        if job is None:
+            continue
+        if packed is not None and job.codec is not None:
+            packed[name] = job.codec, job.dtype or torch.float32
+        entry = checkpoint[job.source]
+        if isinstance(entry, TensorSlice):
+            slices[name] = entry
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-        table[leaf] = done[id(old)]
+        table[leaf] = job.value
     return slices
+
+
+@dataclass
+class _Job:
+    """One tensor of a network: where it comes from, what it becomes."""
+
+    source: str
+    old: Tensor
+    dtype: torch.dtype | None
+    value: Tensor | None = None
+    codec: Codec | None = None
+
+    def run(self, checkpoint: Checkpoint, device: torch.device | str | None, mapped: bool, packed: bool) -> None:
+        raw = checkpoint.packed(self.source, mapped) if packed and isinstance(self.old, nn.Parameter) else None
+        if raw is None:
+            self.value = _fresh(checkpoint, self.source, self.old, self.dtype, device, mapped)
+        else:
+            self.value, self.codec = nn.Parameter(raw[0].to(device), requires_grad=False), raw[1]
+
+
+def _carry_out(
+    jobs: Sequence[_Job], checkpoint: Checkpoint, device: torch.device | str | None, mapped: bool, packed: bool
+) -> None:
+    """Do ``jobs`` in order; where copies are made, those of different shards at the same time."""
+    shards: dict[Path | None, list[_Job]] = {}
+    for job in jobs:
+        shards.setdefault(checkpoint.place(job.source), []).append(job)
+
+    def one(shard: list[_Job]) -> None:
+        for job in shard:
+            job.run(checkpoint, device, mapped, packed)
+
+    copies = device is not None or not mapped or any(j.dtype not in (None, checkpoint[j.source].dtype) for j in jobs)
+    workers = min(len(shards), os.cpu_count() or 1)
+    if workers < 2 or not copies:
+        one(list(jobs))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, shards.values()))
 
 
 def _tied(model: nn.Module, tensor: Tensor, checkpoint: Checkpoint) -> list[str]:

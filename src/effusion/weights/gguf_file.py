@@ -1,7 +1,7 @@
 """The GGUF format (ggml, 2023): a validated header, tensors mapped, packed ones with the codec that unpacks them.
 
 Layout: ``GGUF``, version, counts, metadata, one record for each tensor, then the data at aligned offsets.
-Sizes of blocks and the arithmetic of unpacking come from the package ``gguf``.
+Sizes of blocks and the arithmetic of unpacking are those of :mod:`effusion.quant.ggml`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from torch import nn
 from ..core import hub, log
 from ..core.errors import CheckpointError
 from . import assign
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import open_checkpoint
+from .entries import Checkpoint
 from .skeleton import Skeleton
 
 logger = log.get_logger(__name__)

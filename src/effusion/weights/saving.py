@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError
+from . import names as weight_names
 from . import safetensors_file
-from .checkpoint import WeightNames
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _ASIDE = ".saving-"
@@ -106,7 +106,7 @@ def save_weights(
     Returns:
         The names of the files written.
     """
-    names = WeightNames(stem, "safetensors" if safe_serialization else "bin", variant)
+    names = weight_names.WeightNames(stem, "safetensors" if safe_serialization else "bin", variant)
     shards = split(tensors, parse_size(max_shard_size))
     write = save_function or (_write_safetensors if safe_serialization else torch.save)
     files = [names.single] if len(shards) == 1 else [names.shard(i + 1, len(shards)) for i in range(len(shards))]
@@ -124,17 +124,11 @@ def _write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     safetensors_file.write(path, tensors, {"format": "pt"})
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file in one step."""
-    safetensors_file.write(path, tensors, metadata)
-
-
 def remove_stale(folder: Path, written: list[str], stem: str, variant: str | None) -> None:
     """After a save: remove shards and indices of the same stem and variant that the new save does not have."""
-    pattern = re.compile(rf"{re.escape(stem)}(?:\.(?P<v>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.(?:safetensors|bin)")
-    indices = {WeightNames(stem, extension, variant).index for extension in ("safetensors", "bin")}
     for path in folder.iterdir():
-        found = pattern.fullmatch(path.name)
-        same = path.name in indices or (found is not None and found["v"] == variant)
-        if same and path.name not in written and path.is_file():
+        found = weight_names.parse(path.name)
+        if found is None or found.extension not in ("safetensors", "bin"):
+            continue
+        if (found.stem, found.variant) == (stem, variant) and path.name not in written and path.is_file():
             path.unlink()

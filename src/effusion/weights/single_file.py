@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from torch import Tensor
 
@@ -15,19 +16,24 @@ from ..core import hub
 from ..core.errors import CheckpointError, MissingFile
 from ..quant.codec import Codec
 from ..quant.ggml import GGML
-from . import gguf_writing, saving
-from .checkpoint import Checkpoint, from_dict, open_file
+from . import gguf_writing, safetensors_file
+from .checkpoint import from_dict, open_file
+from .entries import Checkpoint
 from .layouts import stable_diffusion
 from .layouts.known import layout_of
 from .layouts.table import to_theirs, translate
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 _LINK = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)")
-_INSIDE = re.compile(r"(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<name>.+\.\w+)")
+_INSIDE = re.compile(r"(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve|raw)/(?P<revision>[^/]+)/)?(?P<name>.+\.\w+)")
 
 
-def open_source(source: Source, **where: Any) -> Checkpoint:
+def open_source(source: Source, pickles: bool = True, **where: Any) -> Checkpoint:
     """Open a file, a file of a hub repository (a link, or ``owner/name/path/file``), or a dictionary of tensors.
+
+    Args:
+        pickles: torch files too, which a child process reads.
+        where: location arguments of :func:`effusion.core.hub.resolve_file`.
 
     Raises:
         CheckpointError: it is nowhere to be found, or not what it should be.
@@ -36,18 +42,19 @@ def open_source(source: Source, **where: Any) -> Checkpoint:
         return from_dict(source)
     path = Path(source)
     if path.is_file():
-        return open_file(path)
+        return open_file(path, pickles)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name the file in it, or use `from_pretrained`")
     text = str(source)
     link = _LINK.fullmatch(text)
-    found = _INSIDE.fullmatch(link[1] if link else text)
+    found = _INSIDE.fullmatch(re.split("[?#]", link[1])[0] if link else text)
     if found is None or ("://" in text and link is None):
         raise MissingFile(f"{text} is no file here, and no link to a file on the hub (`owner/name/file.safetensors`)")
     where = {k: v for k, v in where.items() if k != "subfolder"}
     if found["revision"] is not None:
-        where["revision"] = found["revision"]
-    return open_file(hub.resolve_file(found["repo"], found["name"], **where))
+        where["revision"] = unquote(found["revision"])
+    name = unquote(found["name"]) if link else found["name"]
+    return open_file(hub.resolve_file(found["repo"], name, **where), pickles)
 
 
 # the prefix that lone networks have in their own files
@@ -124,7 +131,7 @@ def write_single(path: str | os.PathLike[str], state: Mapping[str, Tensor], meta
     """Write one safetensors file in one step, the folder created if need be."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    saving.write_file(target, state, {"format": "pt", **metadata})
+    safetensors_file.write(target, state, {"format": "pt", **metadata})
 
 
 def pipeline_state(components: Mapping[str, Any], prefixes: Sequence[tuple[str, str, str]]) -> dict[str, Tensor]:

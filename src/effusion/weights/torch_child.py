@@ -63,7 +63,14 @@ def _tensors(value: Any) -> dict[str, Any]:
         value = {"emb_params": next(iter(value["string_to_param"].values()))}  # a textual inversion of the first kind
     if not isinstance(value, Mapping):
         raise ValueError(f"holds a {type(value).__name__}, expected a dictionary of tensors")
+    value = {**value, **_flat(value)}
     found = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not found:
         raise ValueError("holds no tensors by name")
     return found
+
+
+def _flat(value: Mapping[Any, Any]) -> dict[str, Any]:
+    """The two dictionaries that an IP-Adapter is made of, as one with dotted names, as its safetensors have them."""
+    tables = {k: value[k] for k in ("image_proj", "ip_adapter") if isinstance(value.get(k), Mapping)}
+    return {f"{k}.{n}": tensor for k, table in tables.items() for n, tensor in table.items()}

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checkpoint import Checkpoint, Entry
+from ..core import log
+from .entries import Checkpoint, Entry
 from .layouts.table import Row, to_ours
+
+logger = log.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component inside a file: its class, how to read it, and a configuration from its shapes."""
+    """One component inside a file: its class, how to read it, and a configuration from its shapes.
+
+    Attributes:
+        defaults: what files may leave out, under our names.
+        facts: entries of the configuration that are values of tensors: entry -> the tensor's name in the file.
+        assumed: what of the configuration nothing in the file tells, for people.
+    """
 
     class_name: str
     prefix: str
     table: Sequence[Row] | None  # None: our own names
     config: Mapping[str, Any]
     library: str = "diffusers"
-    defaults: Mapping[str, Entry] = field(default_factory=dict)  # what files may leave out, under our names
+    defaults: Mapping[str, Entry] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    assumed: str = ""
 
     def read(self, checkpoint: Checkpoint) -> Checkpoint:
         """The part's tensors under our names."""
@@ -28,6 +39,13 @@ class Part:
         else:
             found = checkpoint.renamed({n: n[len(self.prefix) :] for n in checkpoint if n.startswith(self.prefix)})
         return found.replaced({**self.defaults, **found}) if self.defaults else found
+
+    def configuration(self, checkpoint: Checkpoint, changes: Collection[str] = ()) -> dict[str, Any]:
+        """What its shapes, and the tensors that hold facts, say; warns of what is assumed, unless it is in ``changes``."""
+        if self.assumed and "scaling_factor" not in changes:
+            logger.warning("%s: %s", checkpoint.label, self.assumed)
+        facts = {entry: checkpoint.tensor(name).flatten().tolist() for entry, name in self.facts.items()}
+        return {**self.config, **facts}
 
 
 @dataclass(frozen=True)

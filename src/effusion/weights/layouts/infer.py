@@ -31,12 +31,13 @@ def count(shapes: Shapes, pattern: str) -> int:
 def down_path(shapes: Shapes) -> dict[str, Any]:
     """Channels, layers, attention and depth of each down block, from ``input_blocks``."""
     channels: list[int] = []
-    layers, attention, depth = [0], [False], [1]
+    layers, attention, depth, only = [0], [False], [1], [False]
     for i in range(1, count(shapes, "input_blocks.{}.")):
         if f"input_blocks.{i}.0.op.weight" in shapes:
             layers.append(0)
             attention.append(False)
             depth.append(1)
+            only.append(False)
             continue
         if layers[-1] == 0:
             channels.append(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0])
@@ -44,7 +45,9 @@ def down_path(shapes: Shapes) -> dict[str, Any]:
         if f"input_blocks.{i}.1.norm.weight" in shapes:
             attention[-1] = True
             depth[-1] = count(shapes, f"input_blocks.{i}.1.transformer_blocks.{{}}.")
-    return {"channels": channels, "layers": layers[0], "attention": attention, "depth": depth}
+            query, key = (f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_{x}.weight" for x in "qk")
+            only[-1] = shapes[query][1] != shapes[key][1]
+    return {"channels": channels, "layers": layers[0], "attention": attention, "depth": depth, "only": only}
 
 
 def unet(shapes: Shapes) -> dict[str, Any]:
@@ -56,8 +59,10 @@ def unet(shapes: Shapes) -> dict[str, Any]:
     used = {d for d, a in zip(path["depth"], has, strict=True) if a} | ({middle} if middle else set())
     depth: Any = [d if a else 1 for d, a in zip(path["depth"], has, strict=True)]
     depth = used.pop() if len(used) == 1 else depth
+    classes = shapes.get("label_emb.weight")
     return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": channels,
         "layers_per_block": path["layers"],
         "cross_attention_dim": next((s[1] for n, s in shapes.items() if n.endswith("attn2.to_k.weight")), 1280),
@@ -65,8 +70,10 @@ def unet(shapes: Shapes) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has)],
         "transformer_layers_per_block": depth,
         "use_linear_projection": linear,
-        # the first models have eight heads everywhere, later ones 64 channels in each head
-        "attention_head_dim": [max(c // 64, 1) for c in channels] if linear else 8,
+        # the first models and the upscaler have eight heads everywhere, others 64 channels in each head
+        "attention_head_dim": [max(c // 64, 1) for c in channels] if linear and classes is None else 8,
+        **({"num_class_embeds": classes[0]} if classes else {}),
+        **({"only_cross_attention": path["only"]} if any(path["only"]) else {}),
         **_label(shapes),
         **_guided(shapes),
     }
@@ -99,7 +106,7 @@ def controlnet(shapes: Shapes) -> dict[str, Any]:
     config = unet({**shapes, "out.2.weight": (0,)})
     hints = controlnet_hints(shapes)
     sizes = [shapes[f"input_hint_block.{2 * i}.weight"][0] for i in range(hints + 1)]
-    config.pop("up_block_types")
+    config = {k: v for k, v in config.items() if k not in ("up_block_types", "out_channels")}
     return {
         **config,
         "conditioning_channels": shapes["input_hint_block.0.weight"][1],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import infer, pixart, qwen_image, stable_diffusion, transformers
+from . import infer, own, pixart, qwen_image, stable_diffusion, transformers
 from .infer import Shapes, count
 from .table import Row, translate
 
@@ -33,12 +33,20 @@ _FIXED = {
     "PixArtTransformer2DModel": pixart.PIXART,
     "QwenImageTransformer2DModel": qwen_image.TRANSFORMER,
 }
+_OWN = {
+    "AutoencoderTiny": own.tiny,
+    "AsymmetricAutoencoderKL": own.asymmetric,
+    "FluxControlNetModel": own.flux_controlnet,
+    "SD3ControlNetModel": own.sd3_controlnet,
+    "ReduxImageEncoder": own.redux,
+}
 _INFER = {
     "UNet2DConditionModel": infer.unet,
     "ControlNetModel": infer.controlnet,
     "FluxTransformer2DModel": transformers.flux,
     "SD3Transformer2DModel": transformers.sd3,
     "PixArtTransformer2DModel": pixart.pixart,
+    "AutoencoderKLQwenImage": qwen_image.vae,
 }
 
 
@@ -46,6 +54,8 @@ def config_from_ours(class_name: str, shapes: Shapes) -> dict[str, Any] | None:
     """The configuration of ``class_name`` from shapes under our names, ``None`` if they don't tell it."""
     if class_name == "AutoencoderKL":
         return infer.vae(shapes, original=False)
+    if class_name in _OWN:
+        return _OWN[class_name](shapes)
     if class_name not in _INFER:
         return None
     ups = range(count(shapes, "up_blocks.{}."))
@@ -58,6 +68,8 @@ def config_from_ours(class_name: str, shapes: Shapes) -> dict[str, Any] | None:
         "class_embed_type": "projection" if "class_embedding.linear_1.weight" in shapes else None,
         "conditioning_embedding_out_channels": [0] * (hints // 2 + 1),
         "num_layers": count(shapes, "transformer_blocks.{}."),
+        "dim_mult": [0] * count(shapes, "decoder.up_blocks.{}."),
+        "num_res_blocks": count(shapes, "decoder.up_blocks.0.resnets.{}.") - 1,
     }
     table = layout_of(class_name, outline)
     assert table is not None

@@ -46,6 +46,7 @@ def embeddings(class_projection: bool = False) -> tuple[Row, ...]:
         Row("time_embed.0.", "time_embedding.linear_1."),
         Row("time_embed.2.", "time_embedding.linear_2."),
         Row("time_embed.cond_proj.", "time_embedding.cond_proj."),
+        Row("label_emb.weight", "class_embedding.weight"),
         Row("label_emb.0.0.", f"{extra}.linear_1."),
         Row("label_emb.0.2.", f"{extra}.linear_2."),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import CheckpointError
-from ..checkpoint import Checkpoint, Computed, Entry, Packed
+from ..entries import Checkpoint, Computed, Entry, Packed
 from ..slices import TensorSlice
 
 
