@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from ..core import hub
 from ..core.errors import CheckpointError, HubSilent, MissingFile
+from ..core.files import parse_json
 from ..quant.codec import Codec, ScaledFloat
 from . import gguf_file, torch_file
-from .safetensors_file import SafetensorsFile, unique_keys
+from .safetensors_file import SafetensorsFile
 from .slices import TensorSlice
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -307,7 +307,7 @@ def read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > _MAX_INDEX:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too large for an index")
     try:
-        index = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
+        index = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid index: {error}") from error
     table = index.get("weight_map") if isinstance(index, dict) else None
