@@ -15,8 +15,8 @@ from torch import nn
 
 from ..core import hub, log, registry, remote
 from ..core.config import read_json
-from ..core.errors import CheckpointError, MissingFile
-from ..models.foreign import Fallback, native_class, prepare_foreign, without_code
+from ..core.errors import CheckpointError, HubSilent, MissingFile
+from ..models.foreign import Fallback, native_class, prepare_foreign, small_component
 from ..placement.machine import check_device
 from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
@@ -163,7 +163,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2:
             if not name.isidentifier():
                 raise CheckpointError(f"{path}: {name!r} can't be the name of a component")
-            if not all(part is None or isinstance(part, str) for part in value):
+            if value != [None, None] and not all(isinstance(part, str) for part in value):
                 raise CheckpointError(f"{path}: component {name!r} must be [library, class], not {value!r}")
     return index
 
@@ -294,7 +294,10 @@ def find_component_class(name: str, library: str, class_name: str, folder: Path,
         own = native_class(class_name, folder) if library == "transformers" else None
         if own is not None:
             return own
-        return registry.find_class(library, downloading.CLASS_ALIASES.get(class_name, class_name))
+        class_name = downloading.CLASS_ALIASES.get(class_name, class_name)
+        if library != "transformers":
+            return registry.find_component(class_name, str(folder), library)
+        return registry.find_class(library, class_name)
     except CheckpointError as error:
         raise CheckpointError(f"component {name!r}: {error}") from error
 
@@ -310,23 +313,6 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return prepare_foreign(cls, root, options)
     return small_component(cls, root)
-
-
-def small_component(cls: Any, root: Path) -> Any:
-    """A scheduler, tokenizer or processor in the folder ``root``.
-
-    Raises:
-        CheckpointError: it can't be read.
-    """
-    closed = without_code(cls, str(root))
-    for file in root.iterdir():
-        hub.check_inside(file, root.parent)
-    try:
-        return cls.from_pretrained(root, **closed)
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers and processors raise anything on damaged files
-        raise CheckpointError(f"{root}: no {cls.__name__} could be read from it: {error}") from error
 
 
 def _place(pipe: Any, options: PipelineOptions) -> Any:
@@ -375,7 +361,7 @@ def download(
     parts = [n for n, v in index.items() if _is_present(n, v) and n not in skip]
     files: list[str] | None = None
     if not where.get("local_files_only"):
-        with suppress(MissingFile):
+        with suppress(HubSilent):
             _, files = hub.repo_files(repo, revision=commit, token=where.get("token"))
     if files is None:  # nothing but the cache to go by
         return index_path.parent
