@@ -69,14 +69,16 @@ def index_target(data: bytes, folder: Path) -> None:
 
 
 def recognise_target(data: bytes, folder: Path) -> None:
-    """Names and sizes out of the bytes, as meta tensors: told what they are, or refused."""
+    """Names and sizes out of the bytes, as meta tensors: told what they are and read as that, or refused."""
     lines = data.decode("utf-8", "replace").split("\n")
     state = {}
     for line in lines[:200]:
         name, *sizes = line.split(" ")
         shape = [int(s) % 4096 for s in sizes[:5] if s.isascii() and s.isdigit() and len(s) < 9]
         state[name] = torch.empty(shape, device="meta")
-    recognise(from_dict(state))
+    checkpoint = from_dict(state)
+    for part in recognise(checkpoint).parts.values():
+        assert all(entry.nbytes >= 0 for entry in part.read(checkpoint).values())
 
 
 TARGETS: dict[str, Target] = {
@@ -108,6 +110,7 @@ def seeds(target: Target) -> list[bytes]:
     )
     marks = (
         flux,
+        f"{flux}\ndouble_blocks.0.txt_attn.qkv.weight 9 3\nfinal_layer.adaLN_modulation.1.weight 6 3",
         "joint_blocks.0.x_block.attn.qkv.weight 3 1\nx_embedder.proj.weight 1 1 2 2\npos_embed 1 16 1",
         "input_blocks.0.0.weight 8 4 3 3\ninput_blocks.1.0.out_layers.3.weight 8 8 3 3\ninput_blocks.1.1.norm.weight 8",
         "decoder.conv_in.weight 1 1\ndecoder.up.0.x 1\nencoder.down.0.block.0.conv2.weight 8 8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,39 @@ def test_offline_without_a_cache(hub: HubServer, tmp_path: Path, monkeypatch: py
     with pytest.raises(MissingFile, match="not in the cache"):
         effusion.AutoencoderKL.from_pretrained("us/vae")
     assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["*", "?*", "[a-z]*", "**/*"])
+def test_a_shard_is_a_name_and_no_pattern(hub: HubServer, tmp_path: Path, name: str) -> None:
+    publish(hub, tmp_path / "m", max_shard_size="10KB")
+    files = hub.repos["us/vae"].commits[hub.repos["us/vae"].refs["main"]]
+    index = f"{NAME}.safetensors.index.json"
+    large = {f"large/{i}.bin": b"x" * 5000 for i in range(3)}
+    hub.add("us/vae", {**files, **large, index: json.dumps({"weight_map": {"a": name}}).encode()})
+    with pytest.raises(CheckpointError):
+        effusion.AutoencoderKL.from_pretrained("us/vae")
+    assert {f for f in hub.fetched() if f.endswith((".bin", ".safetensors"))} == set()
+
+
+def test_the_cache_is_told_by_its_folders_names(hub: HubServer, tmp_path: Path) -> None:
+    """And not by `snapshots` somewhere in the path, which may be a disk of that name."""
+    root = tmp_path / "snapshots" / "hf"
+    model = publish(hub, tmp_path / "m")
+    commit = hub.repos["us/vae"].refs["main"]
+    assert same(effusion.AutoencoderKL.from_pretrained("us/vae", cache_dir=root), model)
+    path = hub_module.resolve_file("us/vae", "config.json", cache_dir=root)
+    assert hub_module.commit_of(path) == commit
+    assert hub_module.commit_of(tmp_path / "m" / "snapshots" / "x" / "config.json") is None
+    hub_module.check_inside(path, path.parent)
+    plain = tmp_path / "snapshots" / "data" / "model"
+    plain.mkdir(parents=True)
+    (tmp_path / "snapshots" / "secret.json").write_text("{}")
+    (tmp_path / "secret.json").write_text("{}")
+    for target in ("../../secret.json", "../../../secret.json"):
+        (plain / "config.json").unlink(missing_ok=True)
+        (plain / "config.json").symlink_to(target)
+        with pytest.raises(CheckpointError, match="is a link to"):
+            hub_module.resolve_file(plain, "config.json")
 
 
 def test_missing_files_name_what_was_looked_for(hub: HubServer, tmp_path: Path) -> None:

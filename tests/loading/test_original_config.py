@@ -130,3 +130,15 @@ def test_what_is_none(given: dict[str, Any], tmp_path: Path, original: Any) -> N
     with pytest.raises(CheckpointError, match="can't be read"):
         load(effusion, given, original_config=str(tmp_path / "evil.yaml"))
     assert not Path("canary").exists()
+
+
+def test_a_link_is_not_followed_where_nothing_may_be_fetched(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    for cls in (effusion.StableDiffusionPipeline, effusion.UNet2DConditionModel):
+        with pytest.raises(CheckpointError, match="local_files_only=True"):
+            cls.from_single_file(given["file"], local_files_only=True, original_config="https://127.0.0.1:9/o.yaml")

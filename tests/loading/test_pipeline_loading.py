@@ -16,6 +16,7 @@ from tests.pipelines import tiny
 
 import effusion
 from effusion.core.errors import CheckpointError, MissingFile, UntrustedCode
+from effusion.pipelines import planning
 
 INDEX = "model_index.json"
 
@@ -253,6 +254,27 @@ def test_download_gives_a_folder(hub: HubServer, folder: Path) -> None:
         effusion.DiffusionPipeline.from_pretrained("us/empty")
     with pytest.raises(CheckpointError, match="neither a folder"):
         effusion.DiffusionPipeline.from_pretrained("no/such/folder")
+
+
+@pytest.mark.parametrize("how", ["told", "stopped", "slow"])
+def test_offline_the_cache_is_enough(hub: HubServer, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("us/sd", folder)
+    online = effusion.DiffusionPipeline.from_pretrained("us/sd")
+    if how == "told":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elif how == "stopped":
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    else:
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: (_ for _ in ()).throw(TimeoutError()))
+    hub.requests.clear()
+    assert_same(effusion.DiffusionPipeline.from_pretrained("us/sd"), online)
+    assert_same(effusion.load("us/sd"), online)
+    assert type(planning.skeleton("us/sd")) is type(online)
+    assert how == "slow" or not hub.requests
+    with pytest.raises(CheckpointError if how == "slow" else MissingFile, match="us/other"):
+        effusion.DiffusionPipeline.from_pretrained("us/other")
 
 
 def test_code_in_a_repository_is_not_fetched(hub: HubServer, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from effusion.core.files import DAY
 from effusion.weights.safetensors_file import SafetensorsFile
 
 from . import tiny_pipelines as tiny
@@ -98,6 +99,9 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
     again = tmp_path / "saved"
     for file in again.rglob("*.safetensors"):
         SafetensorsFile(file)
+    yesterday = time.time() - 2 * DAY
+    for left in again.rglob(".saving-*"):
+        os.utime(left, (yesterday, yesterday))
     victims.loaded(tmp_path, "a").save_pretrained(again)
     assert contents(again) == versions[0]
-    assert not list(again.rglob(".saving-*")), "what a killed save left is swept up by the next"
+    assert not list(again.rglob(".saving-*")), "what a killed save left is swept up a day later"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bounds import bounded
 
 import effusion
 from effusion.core import registry
@@ -43,6 +44,15 @@ def test_contradicting_options(name: str, options: dict[str, Any], said: list[st
     with pytest.raises(ValueError) as error:
         getattr(effusion, f"{name}Scheduler")(**options)
     assert all(word in str(error.value) for word in said), error.value
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [2_000_000_000, float("inf"), float("nan"), 10**400])
+def test_schedules_without_end(name: str, steps: Any) -> None:
+    cls = getattr(effusion, name)
+    config = {"num_train_timesteps": steps, **({"num_vec_classes": 4} if name == "VQDiffusionScheduler" else {})}
+    with pytest.raises(ValueError, match="num_train_timesteps is more than 1000000"):
+        bounded(lambda: cls.from_config(config))
 
 
 @pytest.mark.parametrize(("name", "options", "arguments", "said"), [

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from effusion.core.errors import CheckpointError, MissingFile, UntrustedCode
+from effusion.core.files import DAY
 from effusion.weights import assign, names, saving
 from effusion.weights.checkpoint import from_dict, open_checkpoint, open_file
 from effusion.weights.entries import Checkpoint
@@ -266,12 +268,21 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_left_is_swept_up(tmp_path: Path) -> None:
-    left = tmp_path / ".saving-999999999-x"
-    left.mkdir()
-    (left / "big").write_text("")
+    """Only after a day: on a folder that machines share, a number says nothing about whether its process lives."""
+    yesterday = time.time() - 2 * DAY
+    names = {
+        ".saving-999999999-old": yesterday,
+        ".saving-999999999-new": None,
+        f".saving-{os.getppid()}-old": yesterday,
+    }
+    for name, when in names.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "big").write_text("")
+        if when is not None:
+            os.utime(tmp_path / name, (when, when))
     with saving.staged(tmp_path) as aside:
         (aside / "b").write_text("x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
+    assert {p.name for p in tmp_path.iterdir()} == {"b", *names} - {".saving-999999999-old"}
 
 
 def test_saving_to_a_file_is_refused(tmp_path: Path) -> None:

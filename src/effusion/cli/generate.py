@@ -229,7 +229,7 @@ def write_png(image: Image, path: Path, text: dict[str, str]) -> None:
     """Write ``image`` with ``text`` chunks beside ``path``, then rename: never half a picture."""
     from PIL.PngImagePlugin import PngInfo
 
-    from ..core.config import write_atomically
+    from ..core.files import write_atomically
 
     chunks = PngInfo()
     for key, value in text.items():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from . import hub, log, publish
 from .errors import CheckpointError
+from .files import parse_json, write_atomically
 
 FORMAT_VERSION = "0.42.1"
 logger = log.get_logger(__name__)
@@ -237,25 +238,12 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     if path.stat().st_size > limit:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes of JSON, more than the {limit} allowed")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download or save it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside ``path``, then rename: a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

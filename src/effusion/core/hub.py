@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -123,9 +124,9 @@ def sibling_files(
 def check_inside(file: Path, root: Path) -> None:
     """Refuse a ``file`` that symbolic links lead out of ``root`` (or of the hub cache that ``root`` is in)."""
     allowed = [root.resolve()]
-    if commit_of(root / "x"):
-        parts = root.absolute().parts
-        allowed.append(Path(*parts[: parts.index("snapshots")]).resolve())
+    cached = _in_cache(root.absolute() / "x")
+    if cached:
+        allowed.append(cached[0].resolve())
     real = file.resolve()
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise CheckpointError(f"{file} is a link to {real}, outside of {root}")
@@ -177,13 +178,17 @@ def snapshot(
 
 def _literal(name: str) -> str:
     """``name`` as a pattern that matches it alone."""
-    return name.replace("[", "[[]")
+    return re.sub(r"[*?\[]", r"[\g<0>]", name)
 
 
 def repo_files(
     repo: str, *, revision: str | None = None, token: str | bool | None = None, **ignored: Any
 ) -> tuple[str, list[str]]:
-    """The commit that ``revision`` of ``repo`` is now, and the names of all files in it."""
+    """The commit that ``revision`` of ``repo`` is now, and the names of all files in it.
+
+    Raises:
+        HubSilent: the hub is not to be asked, or does not answer.
+    """
     from huggingface_hub import HfApi
 
     with _hub_errors(repo, "", revision):
@@ -222,21 +227,38 @@ def _explain(error: Exception, repo: str, inside: str, revision: str | None) -> 
         return HubSilent(f"{what} is not in the cache, and the hub was not asked or did not answer: {error}")
     if isinstance(error, errors.EntryNotFoundError):
         return MissingFile(f"{repo} has no file {inside} at revision {revision or 'main'}")
-    if isinstance(error, (errors.HfHubHTTPError, OSError, *_transport_errors())):
+    if isinstance(error, _client_errors(*_NO_ANSWER)):
+        return HubSilent(f"the hub was not asked for {what}, or did not answer: {error}")
+    if isinstance(error, (errors.HfHubHTTPError, OSError, *_client_errors("HTTPError"))):
         return CheckpointError(f"the hub could not deliver {what}: {error}")
     return None
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP client behind ``huggingface_hub`` raises beside ``OSError``, if it is loaded."""
-    clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
-    return tuple(client.HTTPError for client in clients if client is not None)
+_NO_ANSWER = ("ConnectionError", "TimeoutError", "ConnectError", "TimeoutException", "ReadTimeout")
+
+
+def _client_errors(*names: str) -> tuple[type[Exception], ...]:
+    """The errors called so of the HTTP client behind ``huggingface_hub``, if it is loaded, and of Python."""
+    clients = (sys.modules.get(name) for name in ("builtins", "httpx", "httpx2", "requests"))
+    return tuple(getattr(client, name) for client in clients for name in names if hasattr(client, name))
+
+
+_CACHED = ("models--", "datasets--", "spaces--")
+
+
+def _in_cache(path: Path) -> tuple[Path, str] | None:
+    """The folder of the repository in the hub's cache that ``path`` lies in, and its commit there."""
+    parts = path.parts
+    for i in range(1, len(parts) - 1):
+        if parts[i] == "snapshots" and parts[i - 1].startswith(_CACHED):
+            return Path(*parts[:i]), parts[i + 1]
+    return None
 
 
 def commit_of(path: Path) -> str | None:
     """The commit that a file of the hub's cache belongs to, or ``None`` for other files."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    found = _in_cache(path)
+    return found[1] if found else None
 
 
 CARD = """---

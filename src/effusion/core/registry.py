@@ -7,6 +7,7 @@ a checkpoint is looked up in these tables only: a file can't make us import anyt
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import CheckpointError
@@ -195,3 +196,21 @@ def find_class(library: str, name: str) -> Any:
     if name in names:
         return getattr(importlib.import_module(names[name]), name)
     raise CheckpointError(f"{library}.{name}: Effusion has no class of this name; see `effusion env` for its version")
+
+
+COMPONENTS = ("ModelMixin", "SchedulerMixin", "PreTrainedModel")
+
+
+def find_component(name: Any, label: str, library: str = "diffusers", bases: Sequence[str] = COMPONENTS) -> Any:
+    """Our network or scheduler ``name``: of all public names the only ones that the configuration ``label`` may mean.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    try:
+        found = find_class(library, str(name))
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: {error}") from error
+    if not isinstance(found, type) or not {base.__name__ for base in found.__mro__[1:]} & set(bases):
+        raise CheckpointError(f"{label}: {library}.{name} is nothing that a configuration can name")
+    return found

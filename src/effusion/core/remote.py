@@ -9,6 +9,7 @@ the person who loads.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import importlib
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 from . import hub
 from .config import FORMAT_VERSION
-from .errors import CheckpointError, MissingFile, UntrustedCode
+from .errors import CheckpointError, HubSilent, MissingFile, UntrustedCode
 
 MAX_FILE, MAX_FILES = 4 << 20, 200
 COMMUNITY = "diffusers/community-pipelines-mirror"
@@ -55,6 +56,42 @@ def consent(what: str, trusted: bool) -> None:
         )
 
 
+# entries by which a configuration makes transformers (or timm) fetch what nobody asked for, when it is not empty
+_FETCHED = ("auto_map", "configuration_files", "audio_tokenizer", "audio_tokenizer_class")
+# those that do so if they name a repository
+_REPOSITORIES = ("backbone", "backbone_kwargs", "architecture", "model_args")
+
+
+def refuse_fetched(config: Any, label: str) -> None:
+    """A configuration may name code, kernels, or files that transformers would fetch; ours does not, however deep.
+
+    An ``auto_map`` on top only says which classes the repository would have liked; who names an installed class
+    leaves it out.
+
+    Raises:
+        UntrustedCode: it does.
+    """
+    inside: list[tuple[Any, bool]] = [(config, True)]
+    while inside:
+        value, top = inside.pop()
+        if isinstance(value, (list, tuple)):
+            inside += [(entry, False) for entry in value]
+        for key, entry in value.items() if isinstance(value, Mapping) else ():
+            names = str(key).endswith("_implementation") or key in _REPOSITORIES
+            if (names and _slashed(entry)) or (key in _FETCHED and entry and not (top and key == "auto_map")):
+                raise UntrustedCode(f"{label}: {key}={entry!r} is code from elsewhere; take it out to load the model")
+            inside.append((entry, False))
+
+
+def _slashed(value: Any) -> bool:
+    """Whether there is a text in ``value`` that may be the name of a repository."""
+    if isinstance(value, (list, tuple)):
+        return any(_slashed(entry) for entry in value)
+    if isinstance(value, Mapping):
+        return any(_slashed(entry) for entry in value.values())
+    return isinstance(value, str) and "/" in value
+
+
 def read_folder(folder: Path) -> Code:
     """The Python files directly in ``folder``; a file that links lead out of it is refused."""
     files: dict[str, bytes] = {}
@@ -71,7 +108,8 @@ def read_repository(repo: str, trusted: bool, subfolder: str | None = None, **wh
     consent(f"the repository {repo}", trusted)
     where = {k: v for k, v in where.items() if k not in ("subfolder", "revision")} | {"revision": where.get("revision")}
     if not where.get("local_files_only"):
-        where["revision"], _ = hub.repo_files(repo, revision=where["revision"], token=where.get("token"))
+        with contextlib.suppress(HubSilent):  # then the cache is all there is
+            where["revision"], _ = hub.repo_files(repo, revision=where["revision"], token=where.get("token"))
     pattern = f"{subfolder}/*.py" if subfolder else "*.py"
     folder = hub.snapshot(repo, [pattern], literal=False, **where)
     return read_folder(folder / subfolder if subfolder else folder)

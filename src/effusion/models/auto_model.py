@@ -10,7 +10,7 @@ from typing import Any
 from ..core import hub, registry, remote
 from ..core.config import ConfigMixin, read_json
 from ..core.errors import CheckpointError, MissingFile
-from .foreign import load_foreign
+from .foreign import from_config, load_foreign
 
 
 class AutoModel(ConfigMixin):
@@ -60,10 +60,7 @@ class AutoModel(ConfigMixin):
             config, label = dict(source), "the configuration"
         else:
             config, label = read_json(hub.resolve_file(source, cls.config_name, **where)), str(source)
-        found = class_from_config(config, label, trusted)
-        if registry.public_names().get(found.__name__, "").startswith("effusion."):
-            return found.from_config(config, **rest)
-        return found(found.config_class.from_dict(config))
+        return from_config(class_from_config(config, label, trusted), config, label, **rest)
 
 
 def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: bool) -> tuple[Any, str | None]:
@@ -74,7 +71,10 @@ def _class_of(path: str | os.PathLike[str], where: Mapping[str, Any], trusted: b
         index = hub.try_file(path, "model_index.json", **{**where, "subfolder": None})
         entry = read_json(index).get(str(where["subfolder"])) if index else None
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            return registry.find_class(*entry), hub.commit_of(index) if index else None
+            library, name = entry
+            theirs = library == "transformers"
+            found = registry.find_class(library, name) if theirs else registry.find_component(name, str(index), library)
+            return found, hub.commit_of(index) if index else None
     if config_file is None:
         raise MissingFile(f"{Path(path) / (where.get('subfolder') or '')}: no {AutoModel.config_name} there")
     commit = hub.commit_of(config_file)
@@ -91,7 +91,7 @@ def class_from_config(config: Mapping[str, Any], label: str, trusted: bool = Fal
     """
     name = config.get("_class_name")
     if isinstance(name, str) and name in registry.public_names():
-        return registry.find_class("diffusers", name)
+        return registry.find_component(name, label)
     architectures = config.get("architectures")
     if isinstance(config.get("model_type"), str) and isinstance(architectures, list) and len(architectures) == 1:
         return registry.find_class("transformers", str(architectures[0]))

@@ -52,7 +52,7 @@ class QwenImageRMSNorm(nn.Module):
     def __init__(self, dim: int, axes: int = 3) -> None:
         super().__init__()
         self.scale = dim**0.5
-        self.gamma = nn.Parameter(torch.ones(dim, *([1] * axes)))
+        self.gamma = nn.Parameter(nn.init.ones_(torch.empty(dim, *([1] * axes))))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1) * (self.gamma * self.scale)  # type: ignore[no-any-return]

@@ -152,7 +152,9 @@ class ModelMixin(
             kwargs["dtype"] = packed.compute_dtype
             kwargs.pop("torch_dtype", None)
         options = replace(LoadOptions.take(kwargs), packed=packed is not None)
-        changes = {**original_config.entries(kwargs.pop("original_config", None)).get(cls.__name__, {}), **kwargs}
+        local = bool(options.where.get("local_files_only"))
+        original = original_config.entries(kwargs.pop("original_config", None), local)
+        changes = {**original.get(cls.__name__, {}), **kwargs}
         checkpoint = single_file.open_source(source, options.use_safetensors is not True, **options.where)
         return cls._prepare_single(checkpoint, given, options, **changes).build()
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import hub
-from ..core.config import read_json, write_atomically
+from ..core.config import read_json
 from ..core.errors import CheckpointError
+from ..core.files import write_atomically
 
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _BLANKS = re.compile(f"[{_SPACES}]+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ..core import hub, log
-from ..core.config import read_json
-from ..core.errors import CheckpointError, UntrustedCode
+from ..core import hub, log, remote
+from ..core.config import ConfigMixin, read_json
+from ..core.errors import CheckpointError, EffusionError, MissingFile
 from ..placement import packing
 from ..weights import assign
+from ..weights.checkpoint import open_checkpoint
 from ..weights.entries import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared, building
 
@@ -34,18 +36,70 @@ def load_foreign(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         CheckpointError: something is missing, broken or does not fit.
     """
-    closed = without_code(cls, str(path))
     if not issubclass(cls, torch.nn.Module):
-        inside = Path(path) / (kwargs.get("subfolder") or "")
-        for file in inside.iterdir() if inside.is_dir() else ():
-            hub.check_inside(file, Path(path))
-        return cls.from_pretrained(path, **closed, **kwargs)
+        where, rest = hub.split_location(kwargs)
+        return small_component(cls, *_small_files(path, **where), **rest)
     if kwargs.get("quantization_config") is not None or isinstance(kwargs.get("device_map"), Mapping):
-        return cls.from_pretrained(path, use_safetensors=True, **closed, **kwargs)
+        return _load_their_way(cls, path, **kwargs)
     options = LoadOptions.take(kwargs)
     prepared = prepare_foreign(cls, path, options, **kwargs)
     model = prepared.build()
     return (model, prepared.match.as_info()) if options.output_loading_info else model
+
+
+def _load_their_way(cls: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Quantised or spread by transformers, which is given the configuration, and a folder whose files were checked."""
+    where, rest = hub.split_location(kwargs)
+    file = hub.resolve_file(path, "config.json", **where)
+    commit = hub.commit_of(file)
+    checkpoint = open_checkpoint(
+        path, stems=("model",), variant=rest.get("variant"), use_safetensors=True,
+        **{**where, "revision": commit} if commit else where,
+    )  # fmt: skip
+    closed = without_code(cls, checkpoint.label)
+    names = ("quantization_config", "device_map", "dtype", "torch_dtype")
+    own = {name: rest.pop(name) for name in names if name in rest}
+    config, left = config_of(cls, read_json(file), str(file), **rest)
+    config._name_or_path = str(path)
+    return cls.from_pretrained(file.parent, config=config, use_safetensors=True, **closed, **own, **left)
+
+
+_SMALL = (".json", ".txt", ".model", ".jinja", ".vocab", ".merges")
+
+
+def _small_files(path: str | os.PathLike[str], **where: Any) -> tuple[Path, Path]:
+    """The folder ``path`` (of a repository: its small files, of one commit), with ``subfolder``; and by itself."""
+    root, inside = Path(path), str(hub.confine(where.get("subfolder") or ".", "the request"))
+    if not root.is_dir():
+        prefix = "" if inside == "." else f"{inside}/"
+        root = hub.snapshot(str(path), [f"{prefix}*{end}" for end in _SMALL], literal=False, **where)
+    if not (root / inside).is_dir():
+        raise MissingFile(f"{root} has no folder {inside}")
+    return root / inside, root
+
+
+def small_component(cls: Any, folder: Path, root: Path | None = None, **kwargs: Any) -> Any:
+    """A scheduler, tokenizer or processor in ``folder``, which lies in ``root`` (if not given, right in it).
+
+    Raises:
+        UntrustedCode: a configuration makes transformers fetch code.
+        CheckpointError: it can't be read.
+    """
+    closed = without_code(cls, str(folder))
+    for file in sorted(folder.rglob("*")):
+        hub.check_inside(file, root or folder.parent)
+        if closed and file.name.endswith("config.json") and file.is_file():
+            remote.refuse_fetched(read_json(file), str(file))
+    try:
+        return cls.from_pretrained(folder, **closed, **kwargs)
+    except EffusionError:
+        raise
+    except Exception as error:  # tokenizers and processors raise anything on damaged files
+        raise CheckpointError(f"{folder}: no {cls.__name__} could be read from it: {error}") from error
+
+
+# of the automatic classes those that read small files: the others load networks their way, pickles too
+_AUTO = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")
 
 
 def without_code(cls: Any, label: str) -> dict[str, Any]:
@@ -56,9 +110,50 @@ def without_code(cls: Any, label: str) -> dict[str, Any]:
     """
     if cls.__module__.split(".")[0] != "transformers":
         return {}
-    if not any(base.__name__ == "PushToHubMixin" for base in cls.__mro__) and not cls.__name__.startswith("Auto"):
+    if not any(base.__name__ == "PushToHubMixin" for base in cls.__mro__) and cls.__name__ not in _AUTO:
         raise CheckpointError(f"{label}: {cls.__name__} of transformers can't be a component of a pipeline")
     return {"trust_remote_code": False}
+
+
+def config_of(cls: Any, raw: Mapping[str, Any], label: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """The configuration object of a network of transformers out of what was read, and what of ``changes`` is none of it.
+
+    Nothing is read again: ``raw`` is what was checked. It may be that of a larger model, with this one's in it.
+
+    Raises:
+        UntrustedCode: it makes transformers fetch code.
+        CheckpointError: it is no configuration of this class.
+    """
+    remote.refuse_fetched(raw, label)
+    without_code(cls, label)
+    own: Any = getattr(cls, "config_class", None)
+    if own is None:
+        raise CheckpointError(f"{label}: {cls.__name__} is not built from a configuration")
+    kind, part = getattr(own, "model_type", None), raw.get(getattr(own, "base_config_key", None) or "")
+    found = dict(part) if isinstance(part, Mapping) else {k: v for k, v in raw.items() if k != "auto_map"}
+    if "model_type" in found and found["model_type"] != kind:
+        inner = [v for v in found.values() if isinstance(v, Mapping) and v.get("model_type") == kind]
+        found = dict(inner[-1]) if inner else found
+    try:
+        config, left = own.from_dict(copy.deepcopy(found), return_unused_kwargs=True, **changes)
+    except Exception as error:  # its checks raise classes of their own
+        raise CheckpointError(f"{label}: no configuration of a {cls.__name__}: {error}") from error
+    return config, dict(left)
+
+
+def from_config(cls: Any, config: Mapping[str, Any], label: str, **changes: Any) -> Any:
+    """A network with random weights, ours or of transformers; first without weights, so that its size is sane.
+
+    Raises:
+        UntrustedCode: the configuration makes transformers fetch code.
+        CheckpointError: it builds no such network.
+    """
+    if issubclass(cls, ConfigMixin):
+        with building(cls, label):
+            cls.from_config(config, **changes)
+        return cls.from_config(config, **changes)
+    _skeleton(cls, config_of(cls, config, label)[0], label)
+    return cls(config_of(cls, config, label)[0])
 
 
 def prepare_foreign(cls: Any, path: str | os.PathLike[str], options: LoadOptions, **config_changes: Any) -> Any:
@@ -68,34 +163,19 @@ def prepare_foreign(cls: Any, path: str | os.PathLike[str], options: LoadOptions
         CheckpointError: configuration or weights are missing or broken.
     """
     file = hub.resolve_file(path, "config.json", **options.where)
-    raw, folder = read_json(file), file.parent
-    refuse_fetched_code(raw, str(file))
+    raw = read_json(file)
+    config, _ = config_of(cls, raw, str(file), **config_changes)
     commit = hub.commit_of(file)
     where = {**options.where, "revision": commit} if commit else options.where
     checkpoint = options.open(path, ("model",), where)
-    config = cls.config_class.from_pretrained(folder, **config_changes)
     if raw.get("quantization_config"):
         return Fallback(cls, config, options, checkpoint)
     config._name_or_path = str(path)
-    model = _skeleton(cls, config, str(folder))
+    model = _skeleton(cls, config, str(file.parent))
     fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES)
     if fitted is None or (options.dtype != torch.float32 and _computed_floats(model)):
         return Fallback(cls, config, options, checkpoint)
     return ForeignPrepared.of_model(cls, model, fitted, options)
-
-
-def refuse_fetched_code(config: Any, label: str) -> None:
-    """A configuration may name a repository whose kernels transformers would fetch and run; ours does not.
-
-    Raises:
-        UntrustedCode: it does.
-    """
-    for key, value in config.items() if isinstance(config, Mapping) else ():
-        names = value.values() if isinstance(value, Mapping) else (value,)
-        if str(key).endswith("_implementation") and any("/" in str(name) for name in names):
-            raise UntrustedCode(f"{label}: {key}={value!r} is code from elsewhere; take it out to load the model")
-        if isinstance(value, Mapping):
-            refuse_fetched_code(value, label)
 
 
 def _computed_floats(model: torch.nn.Module) -> list[str]:
@@ -110,8 +190,7 @@ def prepare_from(cls: Any, config: Mapping[str, Any], checkpoint: Checkpoint, op
     Raises:
         CheckpointError: they do not fit each other.
     """
-    refuse_fetched_code(config, checkpoint.label)
-    model = _skeleton(cls, cls.config_class.from_dict(dict(config)), checkpoint.label)
+    model = _skeleton(cls, config_of(cls, config, checkpoint.label)[0], checkpoint.label)
     fitted = assign.fit_prefix(checkpoint, assign.expected_tensors(model), _PREFIXES) or checkpoint
     return ForeignPrepared.of_model(cls, model, fitted, options)
 

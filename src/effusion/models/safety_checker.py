@@ -41,7 +41,7 @@ class StableDiffusionSafetyChecker(PreTrainedModel):  # type: ignore[misc]
             ("concept_embeds_weights", (17,)),
             ("special_care_embeds_weights", (3,)),
         ):
-            setattr(self, name, nn.Parameter(torch.ones(shape), requires_grad=False))
+            setattr(self, name, nn.Parameter(nn.init.ones_(torch.empty(shape)), requires_grad=False))
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod

@@ -14,8 +14,9 @@ def get_2d_sincos_pos_embed(
     interpolation_scale: float = 1.0,
     base_size: int = 16,
     device: torch.device | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Sines and cosines of column and row: ``(H * W, embed_dim)`` in float64.
+    """Sines and cosines of column and row, computed in float64: ``(H * W, embed_dim)``.
 
     Positions are stretched so that a side always counts ``base_size / interpolation_scale`` units.
 
@@ -30,7 +31,7 @@ def get_2d_sincos_pos_embed(
         positions = torch.arange(n, dtype=torch.float32, device=device) / (n / base_size) / interpolation_scale
         steps = torch.arange(embed_dim // 4, dtype=torch.float64, device=device) / (embed_dim / 4.0)
         angles = torch.outer(positions.double(), 1.0 / 10000**steps)
-        return torch.cat((angles.sin(), angles.cos()), dim=1)  # (n, embed_dim / 2)
+        return torch.cat((angles.sin(), angles.cos()), dim=1).to(dtype)  # (n, embed_dim / 2)
 
     columns = side(width).expand(height, -1, -1)
     rows = side(height).unsqueeze(1).expand(-1, width, -1)
@@ -75,12 +76,12 @@ class PatchEmbed(nn.Module):
         table = None
         if pos_embed_type is not None:
             grid = pos_embed_max_size or int((self.height * self.width) ** 0.5)
-            table = self._positions(grid, grid, None).float().unsqueeze(0)
+            table = self._positions(grid, grid, None).unsqueeze(0)
         self.register_buffer("pos_embed", table, persistent=bool(pos_embed_max_size))
 
     def _positions(self, height: int, width: int, device: torch.device | None) -> Tensor:
         return get_2d_sincos_pos_embed(
-            self.embed_dim, (height, width), self.interpolation_scale, self.base_size, device
+            self.embed_dim, (height, width), self.interpolation_scale, self.base_size, device, torch.float32
         )
 
     def cropped_pos_embed(self, height: int, width: int) -> Tensor:
@@ -117,7 +118,7 @@ class PatchEmbed(nn.Module):
         device = latent.device
 
         def make() -> Tensor:
-            return self._positions(h, w, device).float().unsqueeze(0)
+            return self._positions(h, w, device).unsqueeze(0)
 
         positions: Tensor = self.memo.get(latent, (h, w, device), make)
         return positions

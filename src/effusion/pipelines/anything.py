@@ -10,6 +10,7 @@ from ..core import hub, registry
 from ..core.config import read_json
 from ..core.errors import CheckpointError, MissingFile
 from ..models.auto_model import AutoModel
+from ..models.foreign import small_component
 from ..weights import names, recognise, single_file
 from ..weights.entries import Checkpoint
 from ..weights.verdict import Part
@@ -84,8 +85,9 @@ def _load_folder(folder: Path, **kwargs: Any) -> Any:
         return AutoModel.from_pretrained(folder, **kwargs)
     if (inside / "scheduler_config.json").is_file():
         config = hub.resolve_file(folder, "scheduler_config.json", subfolder=subfolder)
-        name = read_json(config).get("_class_name")
-        return registry.find_class("diffusers", str(name)).from_pretrained(folder, subfolder=subfolder)
+        return small_component(
+            registry.find_component(read_json(config).get("_class_name"), str(inside)), inside, folder
+        )
     files = sorted(p.name for p in inside.iterdir() if names.is_weights(p.name))
     if len(files) == 1:
         kwargs.pop("subfolder", None)

@@ -81,6 +81,9 @@ def find_component_class(name: str, library: str, class_name: str, folder: Path,
         own = native_class(class_name, folder) if library == "transformers" else None
         if own is not None:
             return own
-        return registry.find_class(library, _ALIASES.get(class_name, class_name))
+        class_name = _ALIASES.get(class_name, class_name)
+        if library != "transformers":
+            return registry.find_component(class_name, str(folder), library)
+        return registry.find_class(library, class_name)
     except CheckpointError as error:
         raise CheckpointError(f"component {name!r}: {error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import hub, remote
-from ..core.errors import MissingFile
+from ..core.errors import HubSilent
 from ..weights import names
 from .index import INDEX, present, read_index
 
@@ -87,6 +87,6 @@ def download(
 def _listing(repo: str, where: dict[str, Any]) -> list[str] | None:
     """The files of ``repo`` at the commit in ``where``; ``None`` if the hub is not to be asked or can't say."""
     if not where.get("local_files_only"):
-        with suppress(MissingFile):
+        with suppress(HubSilent):
             return hub.repo_files(repo, revision=where["revision"], token=where.get("token"))[1]
     return None

@@ -24,7 +24,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2:
             if not name.isidentifier():
                 raise CheckpointError(f"{path}: {name!r} can't be the name of a component")
-            if not all(part is None or isinstance(part, str) for part in value):
+            if value != [None, None] and not all(isinstance(part, str) for part in value):
                 raise CheckpointError(f"{path}: component {name!r} must be [library, class], not {value!r}")
     return index
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core import hub, log
 from ..core.errors import CheckpointError, MissingFile
-from ..models.foreign import Fallback, prepare_foreign, without_code
+from ..models.foreign import Fallback, prepare_foreign, small_component
 from ..weights.prepare import LoadOptions, Prepared
 from . import downloading
 from .classes import find_component_class, pipeline_class
@@ -164,20 +164,3 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return prepare_foreign(cls, root, options)
     return small_component(cls, root)
-
-
-def small_component(cls: Any, root: Path) -> Any:
-    """A scheduler, tokenizer or processor in the folder ``root``.
-
-    Raises:
-        CheckpointError: it can't be read.
-    """
-    closed = without_code(cls, str(root))
-    for file in root.iterdir():
-        hub.check_inside(file, root.parent)
-    try:
-        return cls.from_pretrained(root, **closed)
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers and processors raise anything on damaged files
-        raise CheckpointError(f"{root}: no {cls.__name__} could be read from it: {error}") from error

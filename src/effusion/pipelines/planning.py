@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from ..core import hub
-from ..core.errors import CheckpointError
+from ..core.config import read_json
+from ..core.errors import CheckpointError, HubSilent
+from ..models.foreign import config_of
 from ..weights.prepare import LoadOptions, building
 from . import classes, loading
 from .components import component_names
@@ -62,14 +64,17 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
         if hasattr(cls, "load_config"):
             model: Any = cls.from_config(cls.load_config(folder, subfolder=name))
         else:
-            model = cls(cls.config_class.from_pretrained(folder / name))
+            model = cls(config_of(cls, read_json(folder / name / "config.json"), label)[0])
             model.tie_weights()
     return model.to(dtype).eval()
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
     """The small files of ``repo``, in the cache."""
-    commit, names = hub.repo_files(repo, revision=revision)
+    try:
+        commit, names = hub.repo_files(repo, revision=revision)
+    except HubSilent:
+        return hub.resolve_file(repo, INDEX, revision=revision, local_files_only=True).parent
     if INDEX not in names:
         raise CheckpointError(f"{repo} has no {INDEX}, so it is no pipeline")
     small = [n for n in names if n.count("/") <= 1 and n.endswith(SMALL) and not n.endswith(".index.json")]

@@ -10,7 +10,7 @@ from typing import Any
 from ..core import hub, log, registry
 from ..core.config import read_json
 from ..core.errors import CheckpointError
-from ..models.foreign import native_class, prepare_from
+from ..models.foreign import native_class, prepare_from, small_component
 from ..weights import original_config, recognise, single_file
 from ..weights.entries import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared
@@ -66,7 +66,7 @@ def load_single(cls: Any, source: single_file.Source, **kwargs: Any) -> Any:
     for name in _DEPRECATED:
         kwargs.pop(name, None)
     home, older = kwargs.pop("config", None), kwargs.pop("original_config_file", None)
-    original = original_config.entries(kwargs.pop("original_config", older))
+    original = original_config.entries(kwargs.pop("original_config", older), bool(kwargs.get("local_files_only")))
     wish = {**original.pop(original_config.SCHEDULER), **_scheduler_wish(kwargs)}
     options = single_options(kwargs)
     checkpoint = single_file.open_source(source, options.base.use_safetensors is not True, **options.base.where)
@@ -193,7 +193,12 @@ def _scheduler(verdict: Verdict, folder: Path | None, wish: Mapping[str, Any]) -
     elif "beta_start" in wish and config["_class_name"] == "PNDMScheduler":
         config["_class_name"] = "DDIMScheduler"  # PNDM came later than the programs of an original configuration
     config |= wish
-    return registry.find_class("diffusers", config["_class_name"]).from_config(config)
+    label = str(folder or verdict.name)
+    cls = registry.find_component(config.get("_class_name"), label, bases=("SchedulerMixin",))
+    try:
+        return cls.from_config(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{label}: its {cls.__name__} can't be built: {error}") from error
 
 
 def _tokenizer(name: str, verdict: Verdict, folder: Path | None, options: PipelineOptions) -> Any:
@@ -212,9 +217,7 @@ def _tokenizer(name: str, verdict: Verdict, folder: Path | None, options: Pipeli
                 f"`config=` with a folder of {verdict.name} ({error})"
             ) from error
     class_name = _tokenizer_class(name, verdict, root.parent / INDEX)
-    return loading.small_component(
-        native_class(class_name, root) or registry.find_class("transformers", class_name), root
-    )
+    return small_component(native_class(class_name, root) or registry.find_class("transformers", class_name), root)
 
 
 def _tokenizer_class(name: str, verdict: Verdict, index: Path) -> str:

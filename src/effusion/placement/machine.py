@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core.config import write_atomically
+from ..core.files import write_atomically
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number where there is no limit
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.config import write_atomically
+from ..core.files import write_atomically
 from .plan import Plan, size_text
 
 

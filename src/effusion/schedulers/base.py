@@ -23,6 +23,7 @@ from .noise import Array
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="SchedulerMixin")
 Device = str | torch.device | None
+MOST_STEPS = 1_000_000
 
 
 @dataclass
@@ -134,6 +135,17 @@ class SchedulerMixin(ConfigMixin, PushToHubMixin):
     num_inference_steps: int | None = None
     _step_index: int | None = None
     _begin_index: int | None = None
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Take the configuration, which comes before anything is computed: tables are as long as it says.
+
+        Raises:
+            ValueError: more training steps than any network has.
+        """
+        steps = kwargs.get("num_train_timesteps")
+        if isinstance(steps, (int, float)) and not steps <= MOST_STEPS:
+            raise ValueError(f"num_train_timesteps is more than {MOST_STEPS}; most networks have 1000")
+        super().register_to_config(**kwargs)
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 
 from ..core import hub
 from ..core.errors import CheckpointError, HubSilent, MissingFile
+from ..core.files import parse_json
 from . import gguf_file, torch_file
 from .entries import Checkpoint, Entry, Packed
 from .names import STEMS, WeightNames
-from .safetensors_file import SafetensorsFile, unique_keys
+from .safetensors_file import SafetensorsFile
 from .scaled_float import is_scale, scaled
 
 _MAX_INDEX = 64 << 20
@@ -142,7 +142,7 @@ def read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > _MAX_INDEX:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too large for an index")
     try:
-        index = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
+        index = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid index: {error}") from error
     table = index.get("weight_map") if isinstance(index, dict) else None

@@ -20,7 +20,8 @@ from ..quant.ggml import GGML, block_of
 from .slices import MappedFile, TensorSlice
 
 MAGIC = b"GGUF"
-_MAX_TENSORS, _MAX_FIELDS, _MAX_TEXT, _MAX_ITEMS = 200_000, 100_000, 16 << 20, 4 << 20
+# of all fields together: the largest vocabularies have 1.5 million entries
+_MAX_TENSORS, _MAX_FIELDS, _MAX_TEXT, _MAX_ITEMS = 200_000, 100_000, 64 << 20, 4 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _PLAIN = {
@@ -35,7 +36,7 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._mapped = MappedFile(self.path)
-        self._at = 0
+        self._at, self._text_left, self._items_left = 0, _MAX_TEXT, _MAX_ITEMS
         try:
             self._parse()
         except (struct.error, UnicodeDecodeError) as error:
@@ -67,8 +68,9 @@ class GGUFFile:
 
     def _text(self) -> str:
         size = self._number("Q")
-        if size > _MAX_TEXT:
-            raise CheckpointError(f"{self.path}: a text of {size} bytes; at most {_MAX_TEXT} are allowed")
+        if size > self._text_left:
+            raise CheckpointError(f"{self.path}: a text of {size} bytes; all together at most {_MAX_TEXT} are allowed")
+        self._text_left -= size
         return self._take(size).decode("utf-8")
 
     def _value(self, kind: int, nested: bool = False) -> Any:
@@ -79,8 +81,14 @@ class GGUFFile:
         if kind != _ARRAY or nested:
             raise CheckpointError(f"{self.path}: a field of the unknown type {kind}")
         inner, count = self._number("I"), self._number("Q")
-        if count > _MAX_ITEMS:
-            raise CheckpointError(f"{self.path}: a list of {count} entries; at most {_MAX_ITEMS} are allowed")
+        if count > self._items_left:
+            raise CheckpointError(
+                f"{self.path}: a list of {count} entries; all together at most {_MAX_ITEMS} are allowed"
+            )
+        self._items_left -= count
+        if inner in _SCALARS:
+            form = f"<{count}{_SCALARS[inner]}"
+            return list(struct.unpack(form, self._take(struct.calcsize(form))))
         return [self._value(inner, nested=True) for _ in range(count)]
 
     def _record(self) -> tuple[str, tuple[int, ...], int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..core.files import replacing
 from ..core.optional import require
 from ..quant.codec import Codec
 from ..quant.ggml import GGML, block_of
@@ -43,20 +43,13 @@ def write(
     if packing is not None and packing not in _CAN_PACK:
         raise ValueError(f"packing={packing!r} can't be written; allowed are {', '.join(_CAN_PACK)} and None")
     plans = {name: _plan(name, t, packing, (codecs or {}).get(name)) for name, t in tensors.items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            _header(file, plans, architecture)
-            for kind, shape, nbytes, data in plans.values():
-                raw = data()
-                assert len(raw) == nbytes, (kind, shape)
-                file.write(raw)
-                file.write(b"\0" * (-nbytes % _ALIGN))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        _header(file, plans, architecture)
+        for kind, shape, nbytes, data in plans.values():
+            raw = data()
+            assert len(raw) == nbytes, (kind, shape)
+            file.write(raw)
+            file.write(b"\0" * (-nbytes % _ALIGN))
 
 
 Plan = tuple[int, tuple[int, ...], int, Callable[[], Any]]  # number of the packing, shape, bytes, what gives them

@@ -24,13 +24,13 @@ _NUMBERS = (
 _NETWORKS = (("unet_config", _UNET), ("network_config", _UNET), ("control_stage_config", _CONTROLNET))
 
 
-def _params(source: Source) -> Mapping[str, Any]:
+def _params(source: Source, local: bool) -> Mapping[str, Any]:
     """``model.params`` of a configuration: a YAML file, a link to one, or a dictionary."""
     value: Any = source
     if not isinstance(source, Mapping):
         yaml = require("yaml", "reading `original_config`")
         try:
-            value = yaml.safe_load(_bytes(str(source)))
+            value = yaml.safe_load(_bytes(str(source), local))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(f"original_config={str(source)!r} can't be read: {error}") from error
     for key in ("model", "params"):
@@ -40,8 +40,10 @@ def _params(source: Source) -> Mapping[str, Any]:
     return value
 
 
-def _bytes(source: str) -> bytes:
+def _bytes(source: str, local: bool) -> bytes:
     if source.startswith(("https://", "http://")):
+        if local:
+            raise ValueError("it is a link, and `local_files_only=True` fetches nothing; give a file")
         with urllib.request.urlopen(source, timeout=_SECONDS) as answer:
             data: bytes = answer.read(_MOST + 1)
     else:
@@ -52,14 +54,17 @@ def _bytes(source: str) -> bytes:
     return data
 
 
-def entries(source: Source | None) -> dict[str, dict[str, Any]]:
+def entries(source: Source | None, local_files_only: bool = False) -> dict[str, dict[str, Any]]:
     """Entries of our configurations by the class of the network, and under :data:`SCHEDULER`; none of ``None``.
+
+    Args:
+        local_files_only: follow no link.
 
     Raises:
         CheckpointError: ``source`` is not there, too large, or no such configuration.
     """
     found: dict[str, dict[str, Any]] = {SCHEDULER: {}, _VAE: {}, _UNET: {}, _CONTROLNET: {}}
-    params = _params(source) if source is not None else {}
+    params = _params(source, local_files_only) if source is not None else {}
     for key, name, entry in _NUMBERS:
         if isinstance(params.get(key), (int, float)):
             found[name][entry] = params[key]
@@ -77,7 +82,8 @@ def entries(source: Source | None) -> dict[str, dict[str, Any]]:
 def _heads(params: Mapping[str, Any]) -> int | list[int] | None:
     """How many heads attention has at each width."""
     size, width, factors = params.get("num_head_channels"), params.get("model_channels"), params.get("channel_mult")
-    if isinstance(size, int) and size > 0 and isinstance(width, int) and isinstance(factors, list):
+    whole = isinstance(factors, list) and all(isinstance(factor, int) for factor in factors)
+    if isinstance(size, int) and size > 0 and isinstance(width, int) and isinstance(factors, list) and whole:
         return [width * factor // size for factor in factors]
     heads = params.get("num_heads")
     return heads if isinstance(heads, int) and heads > 0 else None

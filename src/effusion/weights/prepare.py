@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..core import hub, log
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, EffusionError
 from . import assign
 from .checkpoint import open_checkpoint
 from .entries import Checkpoint
@@ -132,7 +132,7 @@ class Prepared(Generic[Model]):
         name: str = "",
     ) -> Prepared[Any]:
         """Build ``model_class`` from ``config`` on ``meta`` and compare it with ``checkpoint``, strictly."""
-        with building(model_class, checkpoint.label, 10_000 + 8 * len(checkpoint)):
+        with building(model_class, checkpoint.label):
             model, unused = model_class.from_config(config, return_unused_kwargs=True, **config_changes or {})
         strange = sorted(set(config_changes or ()) & set(unused))
         if strange:
@@ -176,15 +176,30 @@ class Prepared(Generic[Model]):
         return self.model.eval()
 
 
+# what constructors raise about entries that they did not expect
+_REASONS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
-def building(model_class: Any, label: str, limit: int = 100_000) -> Iterator[None]:
+def building(model_class: Any, label: str) -> Iterator[None]:
     """The network is built without weights; what its constructor raises about a configuration says whose it was."""
     try:
-        with Skeleton(limit):
+        with Skeleton():
             yield
     except CheckpointError as error:
         raise CheckpointError(f"{label}: {error}") from error
-    except (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+    except EffusionError:  # UntrustedCode is a ValueError too
+        raise
+    except _REASONS as error:
         raise CheckpointError(
             f"{label}: its configuration does not build a {model_class.__name__}: {error!r}"
         ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError
+from ..core.files import parse_json, replacing
 from .slices import MappedFile, TensorSlice, tensor_bytes
 
 MAX_HEADER = 32 << 20  # bytes; the largest published headers have less than 10 MB
@@ -62,7 +62,7 @@ class SafetensorsFile:
         if not text.startswith(b"{"):
             raise CheckpointError(f"{self.path}: the header of a safetensors file starts with '{{', not {text[:1]!r}")
         try:
-            header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+            header = parse_json(text.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: broken safetensors header: {error}") from error
         return header, 8 + length
@@ -78,15 +78,6 @@ class SafetensorsFile:
     def release(self, part: TensorSlice) -> None:
         """Drop the pages that reading ``part`` brought in; see :meth:`MappedFile.release`."""
         self._mapped.release(part)
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object hook that refuses an object with the same key twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice!r} is there twice")
-    return found
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -162,14 +153,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                file.write(tensor_bytes(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(tensor_bytes(tensors[name]))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError
+from ..core.files import abandoned
 from . import names as weight_names
 from . import safetensors_file
 
@@ -38,7 +39,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder whose files replace those in ``folder`` one by one if the block succeeds.
 
     If it fails, or the process dies, ``folder`` is as it was (what a dead process left is swept up
-    by the next save). Files are renamed, so readers of old ones, mappings too, keep them.
+    by a save a day later). Files are renamed, so readers of old ones, mappings too, keep them.
 
     Raises:
         CheckpointError: ``folder`` is a file.
@@ -74,7 +75,7 @@ def _move_all(aside: Path, target: Path) -> None:
 def _sweep(folder: Path) -> None:
     for left in folder.glob(_ASIDE + "*"):
         owner = left.name.removeprefix(_ASIDE).split("-")[0]
-        if owner.isdecimal() and int(owner) != os.getpid() and not Path(f"/proc/{owner}").exists():
+        if owner.isdecimal() and abandoned(left, int(owner)):
             shutil.rmtree(left, ignore_errors=True)
 
 

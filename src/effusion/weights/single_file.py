@@ -21,7 +21,7 @@ from .checkpoint import from_dict, open_file
 from .entries import Checkpoint
 from .layouts import stable_diffusion
 from .layouts.known import layout_of
-from .layouts.table import to_theirs, translate
+from .layouts.table import Table, to_theirs, translate
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 _LINK = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)")
@@ -80,7 +80,7 @@ def write_gguf(
     """
     name = type(model).__name__
     state = original_state(model, "")
-    table = layout_of(name, model.config) or ()
+    table = Table(layout_of(name, model.config) or ())
     ours = {n: codec for n in model.state_dict() if (codec := codec_of(n)) is not None}
     codecs: dict[str, Codec] = {}
     for own, codec in ours.items():

@@ -33,13 +33,28 @@ def main() -> None:
 
 def _limit(memory: int, written: int, seconds: int) -> None:
     """From now on at most ``memory`` bytes more than there are, files of ``written`` bytes, and ``seconds`` of work."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    try:
         import resource
-
+    except ImportError:  # Windows has none
+        return
+    limits = {"CORE": 0, "CPU": seconds, "FSIZE": written}
+    with contextlib.suppress(OSError, ValueError):  # where the system doesn't say how much there is, none can be set
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        memory += pages * resource.getpagesize()
-        for what, limit in (("AS", memory), ("FSIZE", written), ("CPU", seconds), ("CORE", 0)):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (limit, limit))
+        limits["AS"] = memory + pages * resource.getpagesize()
+    for what, limit in limits.items():
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # each for itself: a system may lack one
+            name = getattr(resource, f"RLIMIT_{what}")
+            most = resource.getrlimit(name)[1]
+            limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+            resource.setrlimit(name, (limit, limit))
+
+
+def _check_archive(path: Path) -> None:
+    """Torch stores its records without compression, so an archive can't be larger inside than outside."""
+    with zipfile.ZipFile(path) as archive:
+        inside = sum(info.file_size for info in archive.infolist())
+    if inside > path.stat().st_size:
+        raise ValueError(f"unpacks to {inside} bytes from {path.stat().st_size}: not a file torch wrote")
 
 
 def _convert(path: Path, target: Path) -> None:
@@ -47,6 +62,8 @@ def _convert(path: Path, target: Path) -> None:
 
     from . import safetensors_file
 
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
     value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     tensors = {k: v.detach() for k, v in _tensors(value).items()}
     safetensors_file.write(target, tensors, {"format": "pt"})

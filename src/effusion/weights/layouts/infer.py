@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
+MOST = 512  # blocks or layers of one kind; the largest published networks have about a hundred
 
 
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -18,13 +19,30 @@ def count(shapes: Shapes, pattern: str) -> int:
     """One more than the largest number that ``{}`` in ``pattern`` stands for at the start of a name; 0 if none.
 
     Raises:
-        ValueError: it is far larger than there are such numbers: nobody is going to build that many layers.
+        ValueError: nobody is going to build that many layers, or most of them are not there.
     """
+    return _length({number for (number,) in _numbers(shapes, pattern)}, pattern)
+
+
+def counts(shapes: Shapes, pattern: str) -> dict[int, int]:
+    """The same for the second ``{}`` in ``pattern``, by the number that the first stands for."""
+    found: dict[int, set[int]] = {}
+    for outer, inner in _numbers(shapes, pattern):
+        found.setdefault(outer, set()).add(inner)
+    return {outer: _length(inner, pattern) for outer, inner in found.items()}
+
+
+def _numbers(shapes: Shapes, pattern: str) -> set[tuple[int, ...]]:
     head = re.compile(r"(\d+)".join(map(re.escape, pattern.split("{}"))))
-    numbers = {int(m[1]) for name in shapes if (m := head.match(name))}
+    return {tuple(map(int, found.groups())) for name in shapes if (found := head.match(name))}
+
+
+def _length(numbers: set[int], pattern: str) -> int:
     largest = max(numbers, default=-1)
+    if largest >= MOST:
+        raise ValueError(f"{pattern} counts beyond {MOST}, which no network does")
     if largest > 4 * len(numbers):
-        raise ValueError(f"{pattern.format(largest)} is there, but only {len(numbers)} of its kind")
+        raise ValueError(f"{pattern} counts to {largest}, but there are only {len(numbers)} of its kind")
     return largest + 1
 
 
@@ -32,6 +50,7 @@ def down_path(shapes: Shapes) -> dict[str, Any]:
     """Channels, layers, attention and depth of each down block, from ``input_blocks``."""
     channels: list[int] = []
     layers, attention, depth, only = [0], [False], [1], [False]
+    depths = counts(shapes, "input_blocks.{}.1.transformer_blocks.{}.")
     for i in range(1, count(shapes, "input_blocks.{}.")):
         if f"input_blocks.{i}.0.op.weight" in shapes:
             layers.append(0)
@@ -44,7 +63,7 @@ def down_path(shapes: Shapes) -> dict[str, Any]:
         layers[-1] += 1
         if f"input_blocks.{i}.1.norm.weight" in shapes:
             attention[-1] = True
-            depth[-1] = count(shapes, f"input_blocks.{i}.1.transformer_blocks.{{}}.")
+            depth[-1] = depths.get(i, 0)
             query, key = (f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_{x}.weight" for x in "qk")
             only[-1] = shapes[query][1] != shapes[key][1]
     return {"channels": channels, "layers": layers[0], "attention": attention, "depth": depth, "only": only}

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import infer, own, pixart, qwen_image, stable_diffusion, transformers
 from .infer import Shapes, count
-from .table import Row, translate
+from .table import Row, Table, translate
 
 
 def layout_of(class_name: str, config: Mapping[str, Any]) -> tuple[Row, ...] | None:
@@ -79,6 +79,7 @@ def config_from_ours(class_name: str, shapes: Shapes) -> dict[str, Any] | None:
 def _theirs(shapes: Shapes, table: Sequence[Row]) -> dict[str, tuple[int, ...]]:
     """``shapes`` as a file in the original layout would have them."""
     found: dict[str, tuple[int, ...]] = {}
+    table = Table(table)
     for name, shape in shapes.items():
         hit = translate(table, name, reverse=True)
         if hit is None:  # the second of several that are one there

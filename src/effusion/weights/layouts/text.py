@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from .infer import Shapes, count
-from .table import Row
+from .table import Row, Table
 
 _LAYERS = "encoder.block.{}."
 T5 = (Row("shared.", "shared."), Row("encoder.embed_tokens.", "", ()), Row("encoder.", "encoder."))
-T5_LLAMA = (
+T5_LLAMA = Table((
     Row("token_embd.", "shared."),
     Row("enc.output_norm.", "encoder.final_layer_norm."),
     Row(
@@ -28,7 +28,7 @@ T5_LLAMA = (
             Row("ffn_norm.", "layer.1.layer_norm."),
         ),
     ),
-)
+))  # fmt: skip
 
 
 def t5(shapes: Shapes) -> dict[str, Any]:
