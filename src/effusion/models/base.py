@@ -16,7 +16,7 @@ from ..core import hub, log, registry
 from ..core.config import ConfigMixin
 from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
-from ..nn.dispatch import AttentionBackendMixin
+from ..nn.kernels import KernelSwitches
 from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
@@ -29,7 +29,7 @@ logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="ModelMixin")
 
 
-class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin):
+class ModelMixin(MemorySwitches, KernelSwitches, GradientCheckpointingMixin, nn.Module, ConfigMixin):
     """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved.
 
     Class attributes that a network may set:
@@ -288,27 +288,3 @@ class ModelMixin(MemorySwitches, AttentionBackendMixin, GradientCheckpointingMix
             raise ValueError(f"{type(self).__name__} has no blocks of the classes {list(self._repeated_blocks)}")
         for block in blocks:
             block.compile(*args, **kwargs)
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Callable[..., Any] | None = None) -> None:
-        """Compute attention with the package ``xformers``.
-
-        Raises:
-            MissingExtra: it is not installed.
-            ValueError: ``attention_op`` is given; the package chooses its own.
-        """
-        if attention_op is not None:
-            raise ValueError("`attention_op` can't be chosen here; leave it out")
-        self.set_attention_backend("xformers")
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Back to the backend in force."""
-        self.reset_attention_backend()
-
-    def set_use_memory_efficient_attention_xformers(
-        self, valid: bool, attention_op: Callable[..., Any] | None = None
-    ) -> None:
-        """The two above under one name."""
-        if valid:
-            self.enable_xformers_memory_efficient_attention(attention_op)
-        else:
-            self.disable_xformers_memory_efficient_attention()
