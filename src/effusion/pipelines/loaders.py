@@ -73,11 +73,10 @@ class FromOriginalModelMixin:
 
 
 _PIPELINE_LORA = """load_lora_weights unload_lora_weights fuse_lora unfuse_lora set_adapters disable_lora enable_lora
-    delete_adapters set_lora_device enable_lora_hotswap save_lora_weights lora_state_dict load_lora_into_unet load_lora_into_transformer
-    load_lora_into_text_encoder"""
-_NETWORK_LORA = """load_lora_adapter save_lora_adapter add_adapter set_adapter set_adapters disable_adapters
-    enable_adapters active_adapters fuse_lora unfuse_lora unload_lora disable_lora enable_lora delete_adapters
-    enable_lora_hotswap"""
+delete_adapters set_lora_device enable_lora_hotswap save_lora_weights lora_state_dict load_lora_into_unet
+load_lora_into_transformer load_lora_into_text_encoder"""
+_NETWORK_LORA = """load_lora_adapter save_lora_adapter add_adapter set_adapter set_adapters disable_adapters enable_adapters
+active_adapters fuse_lora unfuse_lora unload_lora disable_lora enable_lora delete_adapters enable_lora_hotswap"""
 
 
 @_lacks("LoRA in pipelines", _MERGE, *_PIPELINE_LORA.split())
