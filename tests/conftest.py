@@ -15,6 +15,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_source, os.environ.get
 
 import pytest  # noqa: E402
 
+from effusion.core import log  # noqa: E402
+
+log.enable_propagation()  # to pytest's `caplog`
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]

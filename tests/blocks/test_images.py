@@ -240,3 +240,49 @@ def test_the_configuration_round_trips(tmp_path) -> None:
     assert (
         ours.VaeImageProcessor.from_config(ours.VaeImageProcessor.load_config(tmp_path)).config.vae_scale_factor == 16
     )
+
+
+# -- processors for one purpose ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (300, 900), (1000, 333)])
+def test_training_sizes_of_pixart_equal_the_peer(height: int, width: int) -> None:
+    from diffusers.image_processor import PixArtImageProcessor as Peer
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN as bins
+    from effusion.image_processor import PixArtImageProcessor
+
+    processor = PixArtImageProcessor(vae_scale_factor=8)
+    assert isinstance(processor, ours.VaeImageProcessor)
+    assert {k: v for k, v in processor.config.items() if k[0] != "_"} == {
+        k: v for k, v in Peer(vae_scale_factor=8).config.items() if k[0] != "_"
+    }
+    assert processor.classify_height_width_bin(height, width, bins) == Peer.classify_height_width_bin(
+        height, width, bins
+    )
+    samples = torch.rand(1, 3, 64, 48)
+    for size in ((48, 64), (32, 32), (20, 70)):
+        a, b = (p.resize_and_crop_tensor(samples, *size) for p in (processor, Peer))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("crop", [None, 8])
+def test_inpainting_with_its_mask_equals_the_peer(crop: int | None) -> None:
+    from diffusers.image_processor import InpaintProcessor as Peer
+    from effusion.image_processor import InpaintProcessor
+
+    image, mask = picture(64, 96), Image.new("L", (96, 64))
+    mask.paste(255, (20, 10, 60, 40))
+    processors = (InpaintProcessor(vae_scale_factor=8), Peer(vae_scale_factor=8))
+    (a, a_mask, after), (b, b_mask, peers_after) = (p.preprocess(image, mask, 64, 96, crop) for p in processors)
+    assert torch.equal(a, b) and torch.equal(a_mask, b_mask)
+    assert after == peers_after
+    shown, expected = (p.postprocess(a, **after) for p in processors)
+    assert np.abs(np.asarray(shown[0], dtype=int) - np.asarray(expected[0], dtype=int)).max() <= 1
+    assert processors[0].preprocess(image)[1] is None
+    with pytest.raises(ValueError, match="crops to a mask"):
+        processors[0].preprocess(image, padding_mask_crop=4)
+    if crop:
+        with pytest.raises(ValueError, match="'pil'"):
+            processors[0].postprocess(a, output_type="np", **after)
+        with pytest.raises(ValueError, match="original_mask"):
+            processors[0].postprocess(a, crops_coords=after["crops_coords"])

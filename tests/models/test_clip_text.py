@@ -216,3 +216,68 @@ def test_who_imported_transformers_gets_its_classes(tmp_path: Path, monkeypatch:
     ours = effusion.DiffusionPipeline.from_pretrained(tmp_path / "sd")
     assert isinstance(ours.text_encoder, CLIPTextModel)
     assert ours.config["text_encoder"] == ("transformers", "CLIPTextModel")
+
+
+# -- what scripts ask of the model -----------------------------------------------------------------
+
+
+def test_the_inner_model_and_clip_skip(tmp_path: Path) -> None:
+    theirs = saved(tmp_path, False)
+    ours = CLIPTextModel.from_pretrained(tmp_path)
+    inner = getattr(theirs, "text_model", theirs)
+    assert ours.text_model.final_layer_norm is ours.final_layer_norm
+    assert set(dict(ours.named_modules())) <= set(dict(inner.named_modules()))
+    with torch.no_grad():
+        a = ours.text_model.final_layer_norm(ours(IDS, output_hidden_states=True)[-1][-2])
+        b = inner.final_layer_norm(theirs(IDS, output_hidden_states=True)[-1][-2])
+        embeds = ours.text_model.embeddings(input_ids=IDS)
+        assert torch.equal(embeds, inner.embeddings(input_ids=IDS))
+        tokens = ours.get_input_embeddings()(IDS)
+        assert torch.equal(ours.text_model.embeddings(inputs_embeds=tokens), embeds)
+        through = ours.text_model.encoder(inputs_embeds=embeds)
+        assert torch.equal(ours.final_layer_norm(through[0]), ours(IDS).last_hidden_state)
+        causal = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)[None, None]
+        masked = ours.text_model.encoder(inputs_embeds=embeds, causal_attention_mask=causal)
+    assert torch.equal(a, b)
+    assert torch.allclose(masked[0], through[0], atol=1e-6)
+    without = ours(inputs_embeds=tokens)
+    assert torch.equal(without.last_hidden_state, ours(IDS).last_hidden_state)
+    assert without.pooler_output is None
+    with pytest.raises(ValueError, match="`input_ids` or `inputs_embeds`"):
+        ours()
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("mask", [None, [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]])
+def test_attention_weights(tmp_path: Path, projection: bool, mask: Any) -> None:
+    theirs = saved(tmp_path, projection)
+    theirs.set_attn_implementation("eager")
+    ours = (CLIPTextModelWithProjection if projection else CLIPTextModel).from_pretrained(tmp_path)
+    mask = None if mask is None else torch.tensor(mask)
+    with torch.no_grad():
+        a = ours(IDS, attention_mask=mask, output_attentions=True)
+        b = theirs(IDS, attention_mask=mask, output_attentions=True)
+    assert list(a.keys()) == list(b.keys())
+    assert len(a.attentions) == len(b.attentions) == 3
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.attentions, b.attentions, strict=True))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_gradient_checkpointing(tmp_path: Path, projection: bool) -> None:
+    saved(tmp_path, projection)
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel).from_pretrained(tmp_path)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(IDS)[0].square().sum().backward()
+        return model.get_input_embeddings().weight.grad.clone()
+
+    plain = gradient()
+    calls = []
+    model.gradient_checkpointing_enable({"preserve_rng_state": False})
+    assert model.is_gradient_checkpointing
+    model.text_model.encoder.layers[0].register_forward_pre_hook(lambda *args: calls.append(1))
+    assert torch.allclose(gradient(), plain, atol=1e-5)
+    assert len(calls) == 2  # forwards, and again backwards
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing

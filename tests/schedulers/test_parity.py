@@ -338,3 +338,158 @@ def test_add_noise(name: str) -> None:
         for s in (ours, peers):
             s.set_begin_index(2)
         close(getattr(ours, method)(*arguments), getattr(peers, method)(*arguments), 1e-6)
+
+
+# methods whose parameters are others than the peer's, by class ("*" is all), and why
+ODD: dict[tuple[str, str], str] = {
+    ("*", "scale_model_input"): "one signature for all, (sample, timestep=None); some of the peer's take *args",
+    ("FlowMatchHeunDiscreteScheduler", "scale_noise"): "`noise` may be left out, as with the Euler scheduler",
+}
+# public methods of the peer's that are not here, and why
+_STEPS = "a step is a row of coefficients here; there are no such intermediate values"
+LACKING: dict[str, str] = {
+    "push_to_hub": "of another base class",
+    "get_mult": _STEPS,
+    "get_variables": _STEPS,
+    "get_coefficients_exponential_negative": _STEPS,
+    "get_coefficients_exponential_positive": _STEPS,
+    "get_coefficients_fn": _STEPS,
+    "lagrange_polynomial_coefficient": _STEPS,
+    "apply_cumulative_transitions": _STEPS,
+    "log_Q_t_transitioning_to_known_class": _STEPS,
+}
+
+
+def methods(cls: Any) -> list[str]:
+    """The names of the functions that a class and its bases define, without those of Python's own."""
+    found = {n for c in cls.__mro__ for n, v in vars(c).items() if inspect.isfunction(v) or isinstance(v, classmethod)}
+    return sorted(n for n in found if not n.startswith("_") or n == "_init_step_index")
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    found = inspect.signature(inspect.unwrap(function)).parameters.values()  # decorators show `cls` of some
+    return [(p.name, p.kind, p.default) for p in found if p.name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("name", public_classes())
+def test_methods_have_the_peers_parameters(name: str) -> None:
+    """Every public method of the peer's is there with the same parameters in the same order and the same defaults."""
+    ours, peers = getattr(effusion, name), getattr(diffusers, name)
+    lacking, different = [], []
+    for method in methods(peers):
+        if not hasattr(ours, method):
+            lacking.append(method)
+        elif parameters(getattr(ours, method)) != parameters(getattr(peers, method)):
+            different.append((name, method))
+    assert [m for m in lacking if m not in LACKING] == []
+    known = {(c, m) for c, m in ODD if c in (name, "*")}
+    assert [d for d in different if d not in known and ("*", d[1]) not in known] == []
+
+
+# -- parts of a step under the ecosystem's names -------------------------------------------------------
+
+X = torch.randn(5, 1, 2, 4, 4, generator=torch.Generator().manual_seed(4))
+
+
+def at(index: int, name: str, **config: Any) -> tuple[Any, Any]:
+    """Both schedulers in the middle of a run, with the same model outputs in their memory."""
+    pair = both(name, config)[:2]
+    for scheduler in pair:
+        scheduler.set_timesteps(8)
+        scheduler._init_step_index(scheduler.timesteps[index])
+        scheduler.model_outputs = [X[2], X[3], X[4]][-len(scheduler.model_outputs) :]
+    assert pair[0].step_index == pair[1].step_index == index
+    pair[1].timestep_list = list(pair[1].timesteps[:3])
+    return pair
+
+
+UPDATES: list[tuple[str, dict[str, Any], str, tuple[Any, ...], dict[str, Any]]] = [
+    ("DPMSolverMultistep", SD, "dpm_solver_first_order_update", (X[0],), {}),
+    ("DPMSolverMultistep", {}, "multistep_dpm_solver_second_order_update", ([X[0], X[2]],), {}),
+    ("DPMSolverMultistep", {"solver_type": "heun"}, "multistep_dpm_solver_second_order_update", ([X[0], X[2]],), {}),
+    ("DPMSolverMultistep", {"solver_order": 3}, "multistep_dpm_solver_third_order_update", ([X[0], X[2], X[3]],), {}),
+    ("DPMSolverMultistep", SDE, "multistep_dpm_solver_second_order_update", ([X[0], X[2]],), {"noise": X[3]}),
+    ("DPMSolverMultistep", SDE, "dpm_solver_first_order_update", (X[0],), {"noise": X[3]}),
+    ("DPMSolverMultistep", {"algorithm_type": "dpmsolver"} | NOISE, "dpm_solver_first_order_update", (X[0],), {}),
+    ("DPMSolverMultistepInverse", {}, "dpm_solver_first_order_update", (X[0],), {}),
+    ("DPMSolverSinglestep", {}, "dpm_solver_first_order_update", (X[0],), {}),
+    ("DPMSolverSinglestep", {}, "singlestep_dpm_solver_second_order_update", ([X[0], X[2]],), {}),
+    ("DPMSolverSinglestep", {"solver_order": 3}, "singlestep_dpm_solver_update", ([X[0], X[2], X[3]],), {"order": 3}),
+    ("DEISMultistep", {}, "deis_first_order_update", (X[0],), {}),
+    ("DEISMultistep", {}, "multistep_deis_second_order_update", ([X[0], X[2]],), {}),
+    ("DEISMultistep", {"solver_order": 3}, "multistep_deis_third_order_update", ([X[0], X[2], X[3]],), {}),
+    ("UniPCMultistep", {}, "multistep_uni_p_bh_update", (X[0],), {"order": 2}),
+    ("UniPCMultistep", {"solver_order": 3}, "multistep_uni_p_bh_update", (X[0],), {"order": 3}),
+    ("UniPCMultistep", {}, "multistep_uni_c_bh_update", (X[0],), {"order": 2, "this_sample": X[2]}),
+    ("SASolver", {}, "stochastic_adams_bashforth_update", (X[0],), {"noise": X[3], "order": 2, "tau": 0.5}),
+    ("SASolver", {}, "stochastic_adams_moulton_update", (X[0],),
+     {"last_noise": X[3], "this_sample": X[2], "order": 2, "tau": 0.5}),
+    ("EDMDPMSolverMultistep", {}, "dpm_solver_first_order_update", (X[0],), {}),
+    ("EDMDPMSolverMultistep", {}, "multistep_dpm_solver_second_order_update", ([X[0], X[2]],), {}),
+    ("EDMDPMSolverMultistep", {"solver_order": 3}, "multistep_dpm_solver_third_order_update", ([X[0], X[2], X[3]],), {}),
+    ("CosineDPMSolverMultistep", {}, "dpm_solver_first_order_update", (X[0],), {"noise": X[3]}),
+    ("CosineDPMSolverMultistep", {}, "multistep_dpm_solver_second_order_update", ([X[0], X[2]],), {"noise": X[3]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "method", "given", "named"), UPDATES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_updates(name: str, config: dict[str, Any], method: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    ours, peers = at(3, name, **config)
+    which = "last_sample" if method in ("multistep_uni_c_bh_update", "stochastic_adams_moulton_update") else "sample"
+    named = {**named, which: X[1]}
+    theirs = {k: torch.tensor(v) if k == "tau" else v for k, v in named.items()}
+    close(getattr(ours, method)(*given, **named), getattr(peers, method)(*given, **theirs), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver"]
+)
+def test_model_outputs_are_converted_by_name_and_by_place(name: str) -> None:
+    ours, peers = at(3, name)
+    expected = peers.convert_model_output(X[0], sample=X[1])
+    close(ours.convert_model_output(X[0], sample=X[1]), expected, 1e-5)
+    close(ours.convert_model_output(X[0], ours.timesteps[3], X[1]), expected, 1e-5)
+    with pytest.raises(ValueError, match="`sample` is missing"):
+        ours.convert_model_output(X[0])
+
+
+def test_updates_that_cannot_be() -> None:
+    ours = effusion.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    ours.set_timesteps(8)
+    with pytest.raises(ValueError, match="no step is under way"):
+        ours.dpm_solver_first_order_update(X[0], sample=X[1])
+    ours._init_step_index(ours.timesteps[3])
+    with pytest.raises(ValueError, match="`noise` is missing"):
+        ours.dpm_solver_first_order_update(X[0], sample=X[1])
+    with pytest.raises(ValueError, match="1 model outputs"):
+        ours.multistep_dpm_solver_second_order_update([X[0]], sample=X[1], noise=X[2])
+    unipc = effusion.UniPCMultistepScheduler()
+    unipc.set_timesteps(8)
+    unipc._init_step_index(unipc.timesteps[3])
+    with pytest.raises(ValueError, match="`order` is missing"):
+        unipc.multistep_uni_p_bh_update(X[0], sample=X[1])
+
+
+def test_ddims_variance_is_a_tensor() -> None:
+    ours, peers = effusion.DDIMScheduler(), diffusers.DDIMScheduler()
+    a, b = ours._get_variance(500, 480), peers._get_variance(500, 480)
+    assert isinstance(a, torch.Tensor) and a.dtype == b.dtype
+    close(a, b, 1e-7)
+    ours, peers, _ = both("DDIMParallel", {})
+    for scheduler in (ours, peers):
+        scheduler.set_timesteps(10)
+    close(ours._get_variance(500), peers._get_variance(500), 1e-7)
+
+
+@pytest.mark.parametrize("seed", [3, [1, 2]])
+def test_brownian_noise(seed: Any) -> None:
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler as Peer
+    from effusion.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    x = torch.zeros(2, 3)
+    for transform in ({}, {"transform": lambda s: s.log()}):
+        ours, peers = (c(x, 0.1, 10.0, seed, **transform) for c in (BrownianTreeNoiseSampler, Peer))
+        for ends in ((8.0, 4.0), (4.0, 2.0), (2.0, 3.0)):
+            close(ours(*ends), peers(*ends), 1e-6)

@@ -48,16 +48,18 @@ def _open(source: str) -> Picture:
     if not remote and not Path(source).is_file():
         raise ValueError(f"{source!r} is neither a file here nor a URL that starts with http:// or https://")
     try:
-        return Image.open(_download(source) if remote else source)
+        return Image.open(io.BytesIO(read_url(source)) if remote else source)
     except UnidentifiedImageError as error:
         raise ValueError(f"{source} is not a picture of a format that Pillow reads") from error
 
 
-def _download(url: str) -> io.BytesIO:
+def read_url(url: str) -> bytes:
+    """What ``url`` answers; ``ValueError`` if it does not."""
     request = urllib.request.Request(url, headers={"User-Agent": "effusion"})  # some hosts refuse Python's own
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return io.BytesIO(answer.read())
+            data: bytes = answer.read()
+            return data
     except OSError as error:  # no such host, refused, a status that is no success, too slow
         raise ValueError(f"{url} could not be read: {error}") from error
 

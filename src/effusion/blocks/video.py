@@ -1,15 +1,19 @@
-"""Pictures that move: frames to GIF and MP4 files."""
+"""Pictures that move: frames to GIF and MP4 files, and back."""
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import Image, ImageSequence
 
 from ..core.optional import require
 from .images import Array, Picture
+from .pictures import read_url
 
 
 def export_to_gif(image: list[Picture], output_gif_path: str | os.PathLike[str] | None = None, fps: int = 10) -> str:
@@ -55,3 +59,45 @@ def _temporary(suffix: str) -> str:
     handle, path = tempfile.mkstemp(suffix=suffix)
     os.close(handle)
     return path
+
+
+def load_video(
+    video: str | os.PathLike[str],
+    convert_method: Callable[[list[Picture]], list[Picture]] | None = None,
+    return_fps: bool = False,
+) -> list[Picture] | tuple[list[Picture], float]:
+    """The frames of a GIF or video file, or of one at a URL.
+
+    Args:
+        convert_method: applied to the list of frames.
+        return_fps: return ``(frames, frames per second)``.
+
+    Raises:
+        ValueError: nothing there, or no frame rate in it that could be returned.
+        MissingExtra: for anything but a GIF, ``imageio`` is not installed.
+    """
+    source = str(video)
+    remote = source.startswith(("http://", "https://"))
+    if not remote and not os.path.isfile(source):
+        raise ValueError(f"{source!r} is neither a file here nor a URL that starts with http:// or https://")
+    data = io.BytesIO(read_url(source)) if remote else source
+    ending = os.path.splitext(urllib.parse.urlparse(source).path if remote else source)[1] or ".mp4"
+    frames, fps = _gif(data) if ending.lower() == ".gif" else _video(data, ending)
+    if convert_method is not None:
+        frames = convert_method(frames)
+    if return_fps and fps is None:
+        raise ValueError(f"{source} says no frame rate: leave `return_fps` out")
+    return (frames, fps) if return_fps and fps is not None else frames
+
+
+def _gif(data: io.BytesIO | str) -> tuple[list[Picture], float | None]:
+    with Image.open(data) as gif:
+        duration = gif.info.get("duration")  # milliseconds for each frame, if it says
+        return [frame.copy() for frame in ImageSequence.Iterator(gif)], 1000 / duration if duration else None
+
+
+def _video(data: io.BytesIO | str, ending: str) -> tuple[list[Picture], float | None]:
+    imageio = require("imageio", "load_video")
+    where = {} if isinstance(data, str) else {"format": ending}
+    with imageio.get_reader(data, **where) as reader:
+        return [Image.fromarray(frame) for frame in reader], reader.get_meta_data().get("fps")

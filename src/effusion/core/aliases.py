@@ -24,37 +24,52 @@ ROOT = __name__.split(".")[0]
 # lists in it. The first rule that matches the whole path counts.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"configuration_utils", ("core.config",)),
-    (r"image_processor", ("blocks.images",)),
+    (r"image_processor", ("blocks.images", "blocks.processors")),
     (r"callbacks", ("pipelines.callbacks",)),
-    (r"training_utils", ("training.ema",)),
-    (r"hooks(\.(group_offloading|layerwise_casting))?", ("placement.policies", "placement.casting")),
+    (r"optimization", ("training.rates",)),
+    (r"training_utils", ("training.ema", "training.helpers")),
+    (r"hooks(\.(group_offloading|hooks|layerwise_casting))?", ("nn.hooks", "placement.policies", "placement.casting")),
+    (r"utils\.deprecation_utils", ("utils.doc_utils",)),
     (r"utils\.export_utils", ("blocks.video",)),
-    (r"utils\.loading_utils", ("blocks.pictures",)),
-    (r"utils\.hub_utils", ("core.publish",)),
+    (r"utils\.loading_utils", ("blocks.pictures", "blocks.video")),
     (r"utils\.logging", ("core.log",)),
     (r"utils\.outputs", ("core.outputs",)),
     (r"utils\.pil_utils", ("blocks.pictures", "blocks.images")),
+    (r"loaders(\.\w+)?", ("pipelines.loaders",)),
+    (r"models\.lora", ("pipelines.loaders",)),
     (r"models\.modeling_utils", ("models.base",)),
-    (r"models\.attention", ("nn.transformer_2d", "nn.feed_forward", "nn.attention")),
+    (
+        r"models\.attention",
+        ("nn.transformer_2d", "nn.feed_forward", "nn.attention", "nn.joint_attention", "models.transformer_sd3"),
+    ),
+    (r"models\.activations", ("nn.feed_forward",)),
     (r"models\.attention_dispatch", ("nn.dispatch", "nn.backend_names")),
-    (r"models\.attention_processor", ("nn.attention",)),
+    (r"models\.attention_processor", ("nn.attention", "nn.joint_attention", "nn.norms")),
     (r"models\.embeddings", ("nn.embeddings", "nn.conditioning", "nn.rotary", "nn.patch")),
-    (r"models\.normalization", ("nn.norms", "nn.modulation")),
+    (r"models\.normalization", ("nn.norms", "nn.modulation", "nn.dit_blocks")),
     (r"models\.resnet", ("nn.resnet",)),
-    (r"models\.autoencoders\.vae", ("nn.vae",)),
+    (r"models\.autoencoders\.vae", ("nn.vae", "nn.tiling")),
+    (r"models\.(unets\.)?unet_2d_blocks", ("nn.unet_blocks", "nn.unet_makers")),
+    (r"models\.transformers\.transformer_flux", ("models.transformer_flux", "nn.joint_attention", "nn.rotary")),
+    (r"models\.transformers\.transformer_qwenimage", ("models.transformer_qwenimage", "nn.joint_attention")),
+    (r"models\.transformers\.transformer_sd3", ("models.transformer_sd3", "nn.joint_attention")),
     (r"models\.(autoencoders|controlnets|transformers|unets)(\.\w+)?", ("models",)),
     (r"models\.unet_2d(_condition)?", ("models",)),
     (r"pipelines\.stable_diffusion\.safety_checker", ("models.safety_checker",)),
     (r"pipelines\.stable_diffusion_xl\.watermark", ("blocks.watermark",)),
     (r"pipelines\.(auto_pipeline|pipeline_utils|ddim|ddpm|latent_consistency_models)", ("pipelines",)),
     (r"pipelines\.(controlnet_sd3|pixart_alpha|qwenimage)", ("pipelines",)),
-    (r"pipelines\.\w+\.(pipeline|modeling)_\w+", ("pipelines", "models")),
+    (
+        r"pipelines\.\w+\.(pipeline|modeling)_\w+",
+        ("pipelines", "models", "blocks.timesteps", "blocks.latents", "blocks.guiders"),
+    ),
     (r"modular_pipelines(\.modular_pipeline)?", ("pipelines",)),
     (r"quantizers(\.quantization_config)?", ("quant.gguf",)),
+    (r"schedulers\.scheduling_dpmsolver_sde", ("schedulers.heun", "schedulers.brownian")),
     (r"schedulers\.scheduling_\w+", ("schedulers",)),
 )
 _PACKAGES = re.compile(
-    r"hooks|quantizers|models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+"
+    r"hooks|loaders|quantizers|models\.(autoencoders|controlnets|transformers|unets)|modular_pipelines|pipelines\.\w+"
 )
 
 

@@ -62,6 +62,7 @@ class ConfigMixin:
     config_name: ClassVar[str | None] = None
     ignore_for_config: ClassVar[list[str]] = []
     has_compatibles: ClassVar[bool] = False
+    _auto_class: ClassVar[str | None] = None
     _internal_dict: FrozenDict
 
     @property
@@ -151,12 +152,12 @@ class ConfigMixin:
 
     @classmethod
     def extract_init_dict(
-        cls, config: Mapping[str, Any], **kwargs: Any
+        cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Split ``config`` and ``kwargs`` into (arguments of ``__init__``, unused, hidden)."""
+        """Split ``config_dict`` and ``kwargs`` into (arguments of ``__init__``, unused, hidden)."""
         own = cls._init_names() - set(cls.ignore_for_config)
-        defaults_there = set(config.get("_use_default_values", ()))
-        stored = {k: v for k, v in config.items() if k not in defaults_there and k != "_use_default_values"}
+        defaults_there = set(config_dict.get("_use_default_values", ()))
+        stored = {k: v for k, v in config_dict.items() if k not in defaults_there and k != "_use_default_values"}
         public = {k: v for k, v in stored.items() if not k.startswith("_")}
         init = {k: v for k, v in {**public, **kwargs}.items() if k in own}
         unused = {k: v for k, v in kwargs.items() if k not in own}
@@ -185,6 +186,18 @@ class ConfigMixin:
         """The class and its configuration; networks show their layers instead."""
         return f"{type(self).__name__} {self.to_json_string()}"
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Have saved configurations say that ``AutoModel`` finds this class in the file that it is written in.
+
+        Raises:
+            ValueError: another ``auto_class``.
+        """
+        name = auto_class if isinstance(auto_class, str) else auto_class.__name__
+        if name != "AutoModel":
+            raise ValueError(f"auto_class={name!r}: classes can be registered for AutoModel only")
+        cls._auto_class = name
+
     # -- writing ---------------------------------------------------------------------------------
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -202,7 +215,10 @@ class ConfigMixin:
         """The configuration as JSON text, as written to disk."""
         skip = {"_ignore_files", "_use_default_values"}
         body = {k: _plain(v) for k, v in self.__dict__.get("_internal_dict", {}).items() if k not in skip}
-        head = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
+        head: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
+        if self._auto_class is not None:
+            place = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            head["auto_map"] = {**body.get("auto_map", {}), self._auto_class: place}
         return json.dumps({**body, **head}, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:

@@ -42,3 +42,7 @@ class PlanConflict(EffusionError, ValueError):
 
 class UnsupportedTask(EffusionError, ValueError):
     """A family lacks the port that a task needs."""
+
+
+class NotBuilt(EffusionError, NotImplementedError):
+    """A part of the ecosystem that is not here yet; the message says what to use instead."""

@@ -27,8 +27,11 @@ EXTRAS = {
 
 
 def is_available(package: str) -> bool:
-    """Whether ``package`` can be imported; does not import it."""
-    return importlib.util.find_spec(package) is not None
+    """Whether ``package`` can be imported; does not import it (of ``a.b``, only ``a``)."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # what it would be a part of is not there
+        return False
 
 
 def require(package: str, what: str) -> ModuleType:

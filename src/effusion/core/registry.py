@@ -55,6 +55,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.schedulers.vq_diffusion": ("VQDiffusionScheduler",),
     "effusion.nn.dispatch": ("attention_backend",),
     "effusion.nn.backend_names": ("AttentionBackendName",),
+    "effusion.nn.hooks": ("HookRegistry",),
     # networks
     "effusion.models.auto_model": ("AutoModel",),
     "effusion.models.base": ("ModelMixin",),
@@ -80,6 +81,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "effusion.quant.gguf": ("GGUFQuantizationConfig",),
     # pipelines
     "effusion.pipelines.anything": ("load",),
+    "effusion.pipelines.loaders": ("FromOriginalModelMixin",),
     "effusion.pipelines.base": ("DiffusionPipeline",),
     "effusion.pipelines.mixins": ("StableDiffusionMixin",),
     "effusion.pipelines.modular": ("ModularPipeline",),
@@ -156,14 +158,32 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     # image processing
     "effusion.blocks.images": ("VaeImageProcessor",),
+    "effusion.blocks.processors": ("InpaintProcessor", "PixArtImageProcessor"),
+    # training
+    "effusion.training.ema": ("EMAModel",),
+    "effusion.training.rates": (
+        "get_constant_schedule",
+        "get_constant_schedule_with_warmup",
+        "get_cosine_schedule_with_warmup",
+        "get_cosine_with_hard_restarts_schedule_with_warmup",
+        "get_linear_schedule_with_warmup",
+        "get_polynomial_decay_schedule_with_warmup",
+        "get_scheduler",
+    ),
 }
 
-# names of other packages that scripts import from here
+# names that scripts import from here and that live in other packages, or in a view of ours
 BORROWED: dict[str, str] = {"AutoTokenizer": "transformers"}
+_UTILS = """OptionalDependencyNotAvailable logging is_inflect_available is_invisible_watermark_available
+is_librosa_available is_note_seq_available is_onnx_available is_scipy_available is_torch_available
+is_torchsde_available is_transformers_available is_transformers_version is_unidecode_available"""
+BORROWED |= dict.fromkeys(_UTILS.split(), "effusion.utils")
 
 SUBMODULES: tuple[str, ...] = ("core", "nn", "schedulers", "weights", "quant", "placement", "models", "adapters")
 SUBMODULES += ("blocks", "families", "pipelines", "training", "cli", "demo")
-SUBMODULES += ("utils", "image_processor", "configuration_utils")  # the ecosystem's paths
+# the ecosystem's paths
+SUBMODULES += ("utils", "image_processor", "configuration_utils", "callbacks", "hooks", "loaders", "modular_pipelines")
+SUBMODULES += ("optimization", "quantizers", "training_utils")
 
 
 def public_names() -> dict[str, str]:

@@ -299,6 +299,9 @@ class AutoencoderKLQwenImage(SlicingMixin, ModelMixin):
         self.tile_sample_stride_height = int(tile_sample_stride_height or self.tile_sample_stride_height)
         self.tile_sample_stride_width = int(tile_sample_stride_width or self.tile_sample_stride_width)
 
+    def clear_cache(self) -> None:
+        """Nothing to clear: frames of a call are computed together, none is kept for the next."""
+
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of the latents of ``(B, C, T, H, W)`` in -1 to 1: ``(B, z, 1 + (T - 1) / 4, H / 8, W / 8)``.
 

@@ -16,7 +16,7 @@ from ..core import log, publish, registry
 from ..core.config import ConfigMixin
 from ..core.errors import CheckpointError
 from ..nn.checkpointing import GradientCheckpointingMixin
-from ..nn.xformers import XformersMixin
+from ..nn.kernels import KernelSwitches
 from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
@@ -30,7 +30,7 @@ Self = TypeVar("Self", bound="ModelMixin")
 
 
 class ModelMixin(
-    MemorySwitches, XformersMixin, GradientCheckpointingMixin, nn.Module, ConfigMixin, publish.PushToHubMixin
+    MemorySwitches, KernelSwitches, GradientCheckpointingMixin, nn.Module, ConfigMixin, publish.PushToHubMixin
 ):
     """Base class of all networks: an ``nn.Module`` with a configuration that can be loaded and saved.
 

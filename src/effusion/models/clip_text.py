@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.config import register_to_config
 from ..core.outputs import BaseOutput
+from ..nn import checkpointing
 from ..nn.dispatch import attend
 from .base import ModelMixin
 
@@ -25,11 +26,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class TextModelOutput(BaseOutput):
-    """``last_hidden_state`` (B, L, D), ``pooler_output`` (B, D), ``hidden_states`` of every layer if asked for."""
+    """``last_hidden_state`` (B, L, D), ``pooler_output`` (B, D); of every layer, if asked for, ``hidden_states`` and
+    ``attentions`` (B, H, L, L).
+    """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -39,6 +43,7 @@ class ProjectedTextModelOutput(BaseOutput):
     text_embeds: Tensor
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class CLIPAttention(nn.Module):
@@ -52,12 +57,21 @@ class CLIPAttention(nn.Module):
         self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None) -> Tensor:
+        """``(B, L, D)``, mask (B, 1, L, L) of what is seen or ``None``; a list is given the weights (B, H, L, L)."""
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, L, H, D)
         out = attend(q, k, v, mask, is_causal=mask is None, backend=self.attention_backend)
+        if weights is not None:
+            weights.append(_weights(q, k, mask))
         return self.out_proj(out.flatten(2))  # type: ignore[no-any-return]
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
 
 
 class CLIPMLP(nn.Module):
@@ -82,8 +96,8 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = CLIPMLP(width, inner, activation)
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask, weights)
         return x + self.mlp(self.layer_norm2(x))  # type: ignore[no-any-return]
 
 
@@ -93,6 +107,31 @@ class CLIPEncoder(nn.Module):
     def __init__(self, layers: int, *args: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(*args) for _ in range(layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        causal_attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> TextModelOutput | tuple[Any, ...]:
+        """Embeddings (B, L, D) through all layers.
+
+        Masks are of what is seen, (B, 1, L, L) booleans, or added to the scores; tokens see those before them anyway.
+        """
+        mask = _seen(attention_mask, causal_attention_mask)
+        x, states = inputs_embeds, [inputs_embeds]
+        weights: list[Tensor] | None = [] if output_attentions else None
+        for layer in self.layers:
+            x = checkpointing.run(self, layer, x, mask, weights)
+            states.append(x)
+        kept = tuple(states) if output_hidden_states else None
+        out = TextModelOutput(x, None, kept, None if weights is None else tuple(weights))
+        return out if return_dict else out.to_tuple()
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -103,14 +142,25 @@ class CLIPTextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(positions, width)
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        limit = self.position_embedding.num_embeddings
-        if ids.shape[-1] > limit:
-            raise ValueError(f"{ids.shape[-1]} tokens are more than the {limit} that this text model reads")
-        where = (
-            self.position_embedding.weight[: ids.shape[-1]] if positions is None else self.position_embedding(positions)
-        )
-        return self.token_embedding(ids) + where  # type: ignore[no-any-return]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L) ids, or their embeddings (B, L, D), to (B, L, D)."""
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give `input_ids` or `inputs_embeds`")
+            length = input_ids.shape[-1]
+        else:
+            length = inputs_embeds.shape[-2]
+        table = self.position_embedding
+        if length > table.num_embeddings:
+            raise ValueError(f"{length} tokens are more than the {table.num_embeddings} that this text model reads")
+        where = table.weight[:length] if position_ids is None else table(position_ids)
+        tokens = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        return tokens + where  # type: ignore[no-any-return]
 
 
 class _TextBase(ModelMixin):
@@ -123,6 +173,7 @@ class _TextBase(ModelMixin):
     _keys_to_ignore_on_load_unexpected = ["*position_ids"]
     _no_split_modules = ["CLIPEncoderLayer"]
     _repeated_blocks = ["CLIPEncoderLayer"]
+    _supports_gradient_checkpointing = True
 
     @classmethod
     def _keep_unknown(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +197,21 @@ class _TextBase(ModelMixin):
 
     def _state_to_save(self) -> dict[str, Tensor]:
         return {self._saved_prefix + name: tensor for name, tensor in self.state_dict().items()}
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """:meth:`enable_gradient_checkpointing` under the name that ``transformers`` has."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+        def checkpoint(block: Any, *args: Any) -> Any:
+            from torch.utils.checkpoint import checkpoint
+
+            return checkpoint(block, *args, **options)
+
+        self.enable_gradient_checkpointing(checkpoint)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        self.disable_gradient_checkpointing()
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The table of token embeddings."""
@@ -203,29 +269,41 @@ class CLIPTextModel(_TextBase):
         self.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.end = eos_token_id
 
+    @property
+    def text_model(self) -> CLIPTextModel:
+        """Itself: scripts ask the inner model of older layouts for embeddings, encoder and the last norm."""
+        return self
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> TextModelOutput | tuple[Any, ...]:
-        """``input_ids`` and ``attention_mask`` (B, L) to :class:`TextModelOutput`."""
-        ids = input_ids.view(-1, input_ids.shape[-1])
-        x = self.embeddings(ids, position_ids)  # (B, L, D)
-        mask = _mask(attention_mask, ids)
-        states = [x]
-        for layer in self.encoder.layers:
-            x = layer(x, mask)
-            states.append(x)
-        x = self.final_layer_norm(x)
+        """``input_ids`` (or ``inputs_embeds``) and ``attention_mask`` (B, L) to :class:`TextModelOutput`."""
+        ids = None if input_ids is None else input_ids.view(-1, input_ids.shape[-1])
+        x = self.embeddings(ids, position_ids, inputs_embeds)  # (B, L, D)
+        found = self.encoder(
+            x,
+            _mask(attention_mask, x.shape[1]),
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(output_hidden_states),
+        )
+        x = self.final_layer_norm(found.last_hidden_state)
+        pooled = None if ids is None else self._pooled(x, ids)
+        out = TextModelOutput(x, pooled, found.hidden_states, found.attentions)
+        return out.to_tuple() if return_dict is False else out
+
+    def _pooled(self, x: Tensor, ids: Tensor) -> Tensor:
+        """The state of the end token, (B, D)."""
         rows = torch.arange(len(ids), device=ids.device)
         end = ids if self.end == 2 else ids == self.end  # configurations saved before 2023 say 2 and mean the largest
-        pooled = x[rows, end.to(torch.int).argmax(dim=-1)]
-        out = TextModelOutput(x, pooled, tuple(states) if output_hidden_states else None)
-        return out if return_dict else out.to_tuple()
+        return x[rows, end.to(torch.int).argmax(dim=-1)]
 
 
 class CLIPTextModelWithProjection(_TextBase):
@@ -259,21 +337,30 @@ class CLIPTextModelWithProjection(_TextBase):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ProjectedTextModelOutput | tuple[Any, ...]:
         """``input_ids`` and ``attention_mask`` (B, L) to :class:`ProjectedTextModelOutput`."""
-        found = self.text_model(input_ids, attention_mask, position_ids, output_hidden_states)
+        found = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
         embeds = self.text_projection(found.pooler_output)
-        out = ProjectedTextModelOutput(embeds, found.last_hidden_state, found.hidden_states)
-        return out if return_dict else out.to_tuple()
+        out = ProjectedTextModelOutput(embeds, found.last_hidden_state, found.hidden_states, found.attentions)
+        return out.to_tuple() if return_dict is False else out
 
 
-def _mask(attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:
+def _mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """Causal and padding as one boolean mask (B, 1, L, L), or ``None`` where causality is all there is."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
-    length = ids.shape[-1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
     return causal & attention_mask.to(torch.bool)[:, None, None, :]
+
+
+def _seen(*masks: Tensor | None) -> Tensor | None:
+    """Masks of any kind as one of booleans; ``None`` where causality is all there is."""
+    given = [m if m.dtype == torch.bool else m > -1 for m in masks if m is not None]
+    if not given:
+        return None
+    joint = given[0] if len(given) == 1 else given[0] & given[1]
+    return joint & torch.ones(joint.shape[-2:], dtype=torch.bool, device=joint.device).tril()

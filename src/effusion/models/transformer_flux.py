@@ -15,8 +15,8 @@ from ..nn import checkpointing
 from ..nn.attention import AttentionMixin
 from ..nn.embeddings import CombinedTimestepGuidanceTextProjEmbeddings, CombinedTimestepTextProjEmbeddings
 from ..nn.feed_forward import FeedForward, gelu_beside
-from ..nn.joint_attention import JointAttention
-from ..nn.modulation import AdaLayerNormContinuous, AdaLayerNormZero, add_gated, modulate
+from ..nn.joint_attention import FluxAttention
+from ..nn.modulation import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle, add_gated, modulate
 from ..nn.rotary import AxialRotary
 from .base import ModelMixin
 from .modeling_outputs import Transformer2DModelOutput
@@ -31,7 +31,9 @@ class FluxTransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = AdaLayerNormZero(dim)
         self.norm1_context = AdaLayerNormZero(dim)
-        self.attn = JointAttention(dim, num_attention_heads, attention_head_dim, context_dim=dim, eps=eps)
+        self.attn = FluxAttention(
+            dim, num_attention_heads, attention_head_dim, bias=True, added_kv_proj_dim=dim, out_dim=dim, eps=eps
+        )
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
         self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -65,10 +67,12 @@ class FluxSingleTransformerBlock(nn.Module):
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         inner = int(dim * mlp_ratio)
-        self.norm = AdaLayerNormZero(dim, parts=3)
+        self.norm = AdaLayerNormZeroSingle(dim)
         self.proj_mlp = nn.Linear(dim, inner)
         self.proj_out = nn.Linear(dim + inner, dim)
-        self.attn = JointAttention(dim, num_attention_heads, attention_head_dim, project_out=False)
+        self.attn = FluxAttention(
+            dim, num_attention_heads, attention_head_dim, bias=True, out_dim=dim, eps=1e-6, pre_only=True
+        )
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from ..nn import checkpointing
 from ..nn.attention import AttentionMixin
 from ..nn.embeddings import TimestepEmbedding, Timesteps
 from ..nn.feed_forward import FeedForward
-from ..nn.joint_attention import JointAttention
+from ..nn.joint_attention import QwenAttention
 from ..nn.modulation import AdaLayerNormContinuous, add_gated, modulate
 from ..nn.norms import RMSNorm
 from ..nn.rotary import Memo, rotary_table
@@ -96,7 +96,7 @@ class QwenImageTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.zero_cond_t = zero_cond_t
-        self.attn = JointAttention(dim, num_attention_heads, attention_head_dim, context_dim=dim, eps=eps)
+        self.attn = QwenAttention(dim, num_attention_heads, attention_head_dim, context_dim=dim, eps=eps)
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)))
             self.add_module(f"{stream}_norm1", nn.LayerNorm(dim, elementwise_affine=False, eps=eps))

@@ -343,6 +343,20 @@ class SlicedAttnAddedKVProcessor(AttnAddedKVProcessor2_0, SlicedAttnProcessor):
     """Slices for modules with ``added_kv_proj_dim``."""
 
 
+class XFormersAttnAddedKVProcessor(AttnAddedKVProcessor2_0, XFormersAttnProcessor):
+    """Scores by xformers for modules with ``added_kv_proj_dim``."""
+
+
+# what scripts ask `isinstance` with
+ADDED_KV_ATTENTION_PROCESSORS = (
+    AttnAddedKVProcessor,
+    SlicedAttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    XFormersAttnAddedKVProcessor,
+)
+CROSS_ATTENTION_PROCESSORS = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor)
+
+
 # -- models ------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,18 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name.lower()]()
 
 
+def get_activation(act_fn: str) -> nn.Module:
+    """:func:`activation` under the ecosystem's name."""
+    return activation(act_fn)
+
+
+class FP32SiLU(nn.Module):
+    """SiLU in float32."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.silu(inputs.float()).to(inputs.dtype)
+
+
 class GELU(nn.Module):
     """Linear, then GELU (Hendrycks & Gimpel, 2016), exact or with ``approximate="tanh"``."""
 

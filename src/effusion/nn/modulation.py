@@ -62,3 +62,12 @@ class AdaLayerNormContinuous(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.linear(self.silu(emb).to(x.dtype)).chunk(2, dim=1)
         return modulate(self.norm(x), shift, scale)
+
+
+class AdaLayerNormZeroSingle(AdaLayerNormZero):
+    """Layer norm with three vectors: shift, scale and a gate; gives the modulated ``x`` and the gate."""
+
+    def __init__(self, embedding_dim: int, norm_type: str = "layer_norm", bias: bool = True) -> None:
+        if norm_type != "layer_norm":
+            raise ValueError(f"norm_type={norm_type!r}: there is 'layer_norm' only")
+        super().__init__(embedding_dim, parts=3, bias=bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class SlicingMixin:
+class AutoencoderMixin:
     """Switches of autoencoders: a batch one by one, a large picture in tiles."""
 
     use_slicing = False
@@ -27,6 +27,10 @@ class SlicingMixin:
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
+
+
+class SlicingMixin(AutoencoderMixin):
+    """An autoencoder that looks at its switch for batches."""
 
     def _by_item(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``run(x)``, one item of the batch at a time if slicing is on."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import log
+from ..core import lazy, log
 from ..core.types import State
 from ..families import stable_diffusion as sd
 from .base import DiffusionPipeline
@@ -205,3 +205,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
     ) -> Any:
         """Paint ``prompt`` where ``mask_image`` is white, keeping the rest of ``image``."""
         return self._generate(locals())
+
+
+# the ecosystem has the checker under this path too; it imports transformers, so not before somebody asks
+__getattr__, __dir__, _ = lazy.attach(__name__, {"StableDiffusionSafetyChecker": "effusion.models.safety_checker"})

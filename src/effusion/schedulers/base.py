@@ -24,6 +24,7 @@ logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="SchedulerMixin")
 Device = str | torch.device | None
 MOST_STEPS = 1_000_000
+SCHEDULER_CONFIG_NAME = "scheduler_config.json"
 
 
 @dataclass
@@ -124,7 +125,7 @@ class SchedulerMixin(ConfigMixin, PushToHubMixin):
         init_noise_sigma: standard deviation of the noise that a run starts from.
     """
 
-    config_name = "scheduler_config.json"
+    config_name = SCHEDULER_CONFIG_NAME
     has_compatibles = True
     _compatibles: ClassVar[list[str]] = []
     order: int = 1
@@ -280,14 +281,15 @@ class SchedulerMixin(ConfigMixin, PushToHubMixin):
         self._check_run()
         self._check_shapes(model_output, sample)
         if self._step_index is None:
-            self._start(timestep)
+            self._init_step_index(timestep)
         index = self._step_index
         assert index is not None
         if index >= len(self.timesteps):
             raise ValueError(f"all {len(self.timesteps)} steps are done; call `set_timesteps` to begin another run")
         return index
 
-    def _start(self, timestep: Any) -> None:
+    def _init_step_index(self, timestep: Any) -> None:
+        """Begin at ``timestep``, or where a pipeline has said."""
         self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     def _check_run(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,23 @@ class BrownianNoise:
         scale = 1 / float((high - low).sqrt())
         steps = [path(low, high) * (scale if sigma < sigma_next else -scale) for path in self.paths]
         return torch.stack(steps) if self.batched else steps[0]
+
+
+class BrownianTreeNoiseSampler(BrownianNoise):
+    """:class:`BrownianNoise` under the ecosystem's name and arguments, along ``transform(σ)``."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        sigma_min: float,
+        sigma_max: float,
+        seed: int | list[int] | None = None,
+        transform: Callable[[Any], Any] = lambda x: x,
+    ) -> None:
+        self.transform = transform
+        ends = sorted(float(transform(torch.as_tensor(sigma))) for sigma in (sigma_min, sigma_max))
+        super().__init__(x, ends[0], ends[1], seed)
+
+    def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
+        """Noise of the step from ``sigma`` to ``sigma_next``; shaped as ``x``."""
+        return super().__call__(*(self.transform(torch.as_tensor(s)) for s in (sigma, sigma_next)))

@@ -38,9 +38,9 @@ class DDIMScheduler(AlphaScheduler):
         self.num_inference_steps = num_inference_steps
         self._begin(times, None, device, torch.int64)
 
-    def _get_variance(self, timestep: Any, prev_timestep: Any) -> float:
+    def _get_variance(self, timestep: Any, prev_timestep: Any) -> Tensor:
         """σ_t² of eq. 16 for ``eta = 1``."""
-        return float(_variance(self._level(int(timestep))[0], self._level(int(prev_timestep))[0]))
+        return torch.as_tensor(_variance(self._level(int(timestep))[0], self._level(int(prev_timestep))[0]))
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.0,
@@ -109,6 +109,14 @@ class DDIMParallelScheduler(DDIMScheduler):
     """DDIM for Picard iteration over all timesteps at once: Shih et al. (2023), "Parallel Sampling"."""
 
     _is_ode_scheduler = True
+
+    def _get_variance(self, timestep: Any, prev_timestep: Any = None) -> Tensor:
+        """σ_t² of eq. 16 for ``eta = 1``; ``prev_timestep`` is that of this run where it is not given."""
+        if prev_timestep is None:
+            self._check_run()
+            assert self.num_inference_steps is not None
+            prev_timestep = int(timestep) - len(self) // self.num_inference_steps
+        return super()._get_variance(timestep, prev_timestep)
 
     def batch_step_no_noise(
         self, model_output: Tensor, timesteps: Tensor, sample: Tensor, eta: float = 0.0,

@@ -13,6 +13,7 @@ from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, one_of
 from .dpmsolver import multistep_order
 from .exponential import LambdaScheduler, Level
 from .noise import Array
+from .updates import DEISUpdates
 
 
 def log_rho(levels: Sequence[Level], order: int) -> tuple[float, list[float]]:
@@ -45,7 +46,7 @@ def _integral(rho: float, nodes: Sequence[float]) -> float:
     return rho * (u * u - 2 * u + 2 - (c + d) * (u - 1) + c * d)
 
 
-class DEISMultistepScheduler(LambdaScheduler):
+class DEISMultistepScheduler(LambdaScheduler, DEISUpdates):
     """DEIS with the log-ρ interpolation, order 1 to 3 (tAB-DEIS of the paper in ``log ρ``)."""
 
     _compatibles = KARRAS_COMPATIBLES
@@ -80,15 +81,19 @@ class DEISMultistepScheduler(LambdaScheduler):
     def _convert(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
         return self._eps(model_output, sample, level)
 
+    def _weights(self, order: int) -> tuple[float, list[float], float]:
+        i, grid = self._here(), self._grid
+        return *log_rho([grid[i + 1], *(grid[i - k] for k in range(order))], order), 0.0
+
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """One multistep step; shapes ``(B, C, …)``."""
-        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
-        self._remember(self._convert(model_output, sample, grid[i]))
+        i, c = self._enter(timestep, model_output, sample), self.config
+        self._remember(self._convert(model_output, sample, self._grid[i]))
         lower = c["lower_order_final"] and len(self.timesteps) < 15
         order = multistep_order(c["solver_order"], self.lower_order_nums, i, len(self.timesteps), lower, lower)
-        a, b = log_rho([grid[i + 1], *(grid[i - k] for k in range(order))], order)
+        a, b, _ = self._weights(order)
         prev_sample = combine((a, sample), *self._outputs(b))
         self.lower_order_nums = min(self.lower_order_nums + 1, c["solver_order"])
         self._advance()

@@ -17,6 +17,7 @@ from .base import KARRAS_COMPATIBLES, Device, SchedulerOutput, combine, exactly_
 from .exponential import LambdaScheduler, Level
 from .noise import Array
 from .sigma import TRANSFORMS, upcast
+from .updates import MultistepUpdates, SinglestepUpdates
 
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 Weights = tuple[float, list[float], float]  # a, b (newest model output first), c of x' = a x + Σ b m + c z
@@ -109,7 +110,7 @@ class DPMSolverScheduler(LambdaScheduler):
         return self._data_or_noise(self.config["algorithm_type"].endswith("++"), model_output, sample, level)
 
 
-class DPMSolverMultistepScheduler(DPMSolverScheduler):
+class DPMSolverMultistepScheduler(DPMSolverScheduler, MultistepUpdates):
     """Lu et al. (2022), "DPM-Solver++", algorithm 2 (2M), its third order, and their SDE variants."""
 
     _compatibles = KARRAS_COMPATIBLES
@@ -143,6 +144,11 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
         levels, times = self._levels(num_inference_steps or len(timesteps or ()), timesteps)
         self._launch(levels, self._last_sigma(), times, device)
 
+    def _weights(self, order: int) -> Weights:
+        i, c, grid = self._here(), self.config, self._grid
+        levels = [grid[i + 1], *(grid[i - k] for k in range(order))]
+        return multistep(c["algorithm_type"], c["solver_type"], levels, order)
+
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = True,
@@ -152,14 +158,13 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
         Raises:
             ValueError: no run, or shapes that differ.
         """
-        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
-        converted = self._convert(model_output, sample, grid[i])
+        i, c = self._enter(timestep, model_output, sample), self.config
+        converted = self._convert(model_output, sample, self._grid[i])
         self._remember(converted)
         lower = c["lower_order_final"] and len(self.timesteps) < 15
         first = c["euler_at_final"] or lower or c.get("final_sigmas_type") == "zero"
         order = multistep_order(c["solver_order"], self.lower_order_nums, i, len(self.timesteps), first, lower)
-        levels = [grid[i + 1], *(grid[i - k] for k in range(order))]
-        a, b, noise_scale = multistep(c["algorithm_type"], c["solver_type"], levels, order)
+        a, b, noise_scale = self._weights(order)
         prev_sample = combine((a, upcast(sample)), *self._outputs(b))
         if c["algorithm_type"].startswith("sde"):
             if variance_noise is None:
@@ -190,7 +195,7 @@ def singlestep(algorithm: str, solver_type: str, levels: Sequence[Level], order:
     return a, [near, far, phi1 - near - far], c
 
 
-class DPMSolverSinglestepScheduler(DPMSolverScheduler):
+class DPMSolverSinglestepScheduler(DPMSolverScheduler, SinglestepUpdates):
     """Lu et al. (2022), "DPM-Solver-fast": steps of order 1 to 3 out of 1 to 3 calls, none of them used twice."""
 
     _compatibles = KARRAS_COMPATIBLES
@@ -244,21 +249,25 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
             self.register_to_config(lower_order_final=True)
         self.order_list = self.get_order_list(steps)
 
+    def _weights(self, order: int) -> Weights:
+        i, c, grid = self._here(), self.config, self._grid
+        levels = [grid[i + 1 - k] for k in range(order + 1)]
+        return singlestep(c["algorithm_type"], c["solver_type"], levels, order)
+
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One stage, which begins again from where its step began; shapes ``(B, C, …)``."""
-        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
-        self._remember(self._convert(model_output, sample, grid[i]))
+        i, c = self._enter(timestep, model_output, sample), self.config
+        self._remember(self._convert(model_output, sample, self._grid[i]))
         order = self.order_list[i]
         while self.model_outputs[-order] is None:  # a run that began in the middle of a step
             order -= 1
         if order == 1:
             self.sample = sample
         assert self.sample is not None
-        levels = [grid[i + 1 - k] for k in range(order + 1)]
-        a, b, noise_scale = singlestep(c["algorithm_type"], c["solver_type"], levels, order)
+        a, b, noise_scale = self._weights(order)
         prev_sample = combine((a, self.sample), *self._outputs(b))
         if c["algorithm_type"] == "sde-dpmsolver++":
             noise = randn_tensor(sample.shape, generator, sample.device, prev_sample.dtype)
@@ -285,8 +294,12 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
         self._train()
         self.timesteps = self.timesteps.flip(0)
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int | None = None, device: Device = None
+    ) -> None:
         """Begin a run of ``num_inference_steps`` rising timesteps."""
+        if num_inference_steps is None:
+            raise ValueError("give `num_inference_steps`")
         c, table, steps = self.config, self._table(), num_inference_steps
         self.noisiest_timestep = self._last_timestep() - 1
         times = spacing.rising(c.timestep_spacing, steps, c.num_train_timesteps, self.noisiest_timestep, c.steps_offset)

@@ -19,6 +19,7 @@ from .euler import churn
 from .exponential import Level
 from .karras import KarrasScheduler, euler
 from .sigma import upcast
+from .updates import Updates, sample_of
 
 EDMEulerSchedulerOutput = DenoisedOutput
 
@@ -131,7 +132,7 @@ class EDMEulerScheduler(EDMScheduler):
         return DenoisedOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
 
-class EDMMultistepScheduler(EDMScheduler):
+class EDMMultistepScheduler(EDMScheduler, Updates):
     """DPM-Solver++ multistep steps (see :mod:`.dpmsolver`) with ``α = 1``."""
 
     model_outputs: list[Any]
@@ -158,15 +159,22 @@ class EDMMultistepScheduler(EDMScheduler):
         grid: list[Level] = self._derived("sigmas", "grid", lambda t: [Level.of(1.0, s) for s in t.tolist()])
         return grid
 
-    def _multistep(self, x0: Tensor, sample: Tensor, i: int, algorithm: str) -> tuple[Tensor, float]:
+    def _algorithm(self) -> str:
+        return str(self.config["algorithm_type"])
+
+    def _weights(self, order: int) -> tuple[float, list[float], float]:
+        i, grid = self._here(), self._grid
+        levels = [grid[i + 1], *(grid[i - k] for k in range(order))]
+        return multistep(self._algorithm(), self.config["solver_type"], levels, order)
+
+    def _multistep(self, x0: Tensor, sample: Tensor, i: int) -> tuple[Tensor, float]:
         """The next sample without its noise, and the scale of that."""
-        c, grid = self.config, self._grid
+        c = self.config
         self.model_outputs = [*self.model_outputs[1:], x0]
         lower = c["lower_order_final"] and len(self.timesteps) < 15
         first = c["euler_at_final"] or lower or c["final_sigmas_type"] == "zero"
         order = multistep_order(c["solver_order"], self.lower_order_nums, i, len(self.timesteps), first, lower)
-        levels = [grid[i + 1], *(grid[i - k] for k in range(order))]
-        a, b, noise_scale = multistep(algorithm, c["solver_type"], levels, order)
+        a, b, noise_scale = self._weights(order)
         self.lower_order_nums = min(self.lower_order_nums + 1, c["solver_order"])
         terms = zip(b, reversed(self.model_outputs), strict=False)
         return combine((a, sample), *terms), noise_scale
@@ -191,16 +199,40 @@ class EDMDPMSolverMultistepScheduler(EDMMultistepScheduler):
         self._check_solver()
         self._train()
 
+    # -- the parts of a step under the ecosystem's names -----------------------------------------------
+
+    def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The denoised estimate at the current step, thresholded if configured; shaped as ``sample``."""
+        c = self.config
+        x0 = self.precondition_outputs(sample, model_output, self._list("sigmas")[self._here()])
+        if c["thresholding"]:
+            return prediction.threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
+        return x0
+
+    def dpm_solver_first_order_update(
+        self, model_output: Tensor, sample: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """The update of order 1, which is DDIM's; shapes as ``sample``."""
+        return self._updated([model_output], 1, (), sample, noise)
+
+    def multistep_dpm_solver_second_order_update(
+        self, model_output_list: list[Tensor], sample: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """The update of order 2 from the last two denoised estimates, newest last."""
+        return self._updated(model_output_list, 2, (), sample, noise)
+
+    def multistep_dpm_solver_third_order_update(self, model_output_list: list[Tensor], sample: Tensor) -> Tensor:
+        """The update of order 3 from the last three denoised estimates, newest last."""
+        return self._updated(model_output_list, 3, (), sample, None)
+
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """One multistep step; shapes ``(B, C, …)``."""
         i, c = self._enter(timestep, model_output, sample), self.config
-        x0 = self.precondition_outputs(sample, model_output, self._list("sigmas")[i])
-        if c["thresholding"]:
-            x0 = prediction.threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
-        prev_sample, noise_scale = self._multistep(x0, sample, i, c["algorithm_type"])
+        x0 = self.convert_model_output(model_output, sample)
+        prev_sample, noise_scale = self._multistep(x0, sample, i)
         if c["algorithm_type"] == "sde-dpmsolver++":
             noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
             prev_sample.add_(noise, alpha=noise_scale)
@@ -239,13 +271,34 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
         """One multistep step; the generator's seed determines the Brownian path; shapes ``(B, C, …)``."""
         i = self._enter(timestep, model_output, sample)
         sigmas = self._list("sigmas")
-        x0 = self.precondition_outputs(sample, model_output, sigmas[i])
-        prev_sample, noise_scale = self._multistep(x0, sample, i, "sde-dpmsolver++")
+        x0 = self.convert_model_output(model_output, sample)
+        prev_sample, noise_scale = self._multistep(x0, sample, i)
         if noise_scale > 0:
             path = self._noise(model_output, generator)
             prev_sample.add_(path(torch.tensor(sigmas[i]), torch.tensor(sigmas[i + 1])), alpha=noise_scale)
         self._advance()
         return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _algorithm(self) -> str:
+        return "sde-dpmsolver++"
+
+    # -- the parts of a step under the ecosystem's names -----------------------------------------------
+
+    def convert_model_output(self, model_output: Tensor, sample: Tensor | None = None) -> Tensor:
+        """The denoised estimate at the current step; shaped as ``sample``."""
+        return self.precondition_outputs(sample_of((), sample), model_output, self._list("sigmas")[self._here()])
+
+    def dpm_solver_first_order_update(
+        self, model_output: Tensor, sample: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The update of order 1, which is DDIM's; shapes as ``sample``."""
+        return self._updated([model_output], 1, (), sample, noise)
+
+    def multistep_dpm_solver_second_order_update(
+        self, model_output_list: list[Tensor], sample: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The update of order 2 from the last two denoised estimates, newest last."""
+        return self._updated(model_output_list, 2, (), sample, noise)
 
     def _noise(self, sample: Tensor, generator: Generators) -> BrownianNoise:
         if self.noise_sampler is None:

@@ -19,6 +19,7 @@ from .alpha import denoise
 from .base import Device, combine, like
 from .noise import Array
 from .sigma import TRANSFORMS, SigmaScheduler
+from .updates import Updates, sample_of
 
 
 class Level(NamedTuple):
@@ -37,7 +38,7 @@ def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
 
 
-class LambdaScheduler(SigmaScheduler):
+class LambdaScheduler(SigmaScheduler, Updates):
     """Scaled samples ``α x_0 + σ ε``, a memory of the last model outputs, and runs laid out in λ."""
 
     _predictions = prediction.KINDS
@@ -171,12 +172,17 @@ class LambdaScheduler(SigmaScheduler):
     def _convert(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
         return self._data_or_noise(True, model_output, sample, level)
 
-    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
-        """What the solver integrates, at the current step; shaped as ``sample``."""
-        if self._step_index is None:
-            raise ValueError("no step is under way: call `set_timesteps` and `step`, or `set_begin_index`, before")
+    def convert_model_output(
+        self, model_output: Tensor, *args: Any, sample: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """What the solver integrates, at the current step; shaped as ``sample``.
+
+        Raises:
+            ValueError: no ``sample``, or no step under way.
+        """
+        sample = sample_of(args, sample)
         self._check_shapes(model_output, sample)
-        return self._convert(model_output, sample, self._grid[self._step_index])
+        return self._convert(model_output, sample, self._grid[self._here()])
 
     def _x0(self, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
         """The denoised estimate, thresholded if configured; shaped as ``sample``."""

@@ -237,7 +237,7 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler):
         if noise is None:
             raise ValueError("`noise` is missing: pass noise of the sample's shape")
         if self._step_index is None:
-            self._start(timestep)
+            self._init_step_index(timestep)
         assert self._step_index is not None
         sigma = self._list("sigmas")[self._step_index]
         return combine((sigma, noise), (1.0 - sigma, sample))

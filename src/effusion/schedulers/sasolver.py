@@ -126,13 +126,12 @@ class SASolverScheduler(LambdaScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """Correct the sample with the model output at it, then predict the next one; shapes ``(B, C, …)``."""
-        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
-        converted = self._convert(model_output, sample, grid[i])
+        i, c = self._enter(timestep, model_output, sample), self.config
+        converted = self._convert(model_output, sample, self._grid[i])
         if i > 0 and self.last_sample is not None and self.last_noise is not None:
-            nodes = [grid[i - k] for k in range(self.this_corrector_order)]
-            a, b, noise_scale = adams([grid[i], grid[i - 1]], nodes, self._tau, self.predict_x0, True)
-            past = self._outputs(b[1:])
-            sample = combine((a, self.last_sample), (b[0], converted), *past, (noise_scale, self.last_noise))
+            sample = self._correct(
+                converted, self.last_sample, self.last_noise, self.this_corrector_order, self._tau, i
+            )
         self._remember(converted)
         noise = randn_tensor(sample.shape, generator, sample.device, converted.dtype)
         left = len(self.timesteps) - i if c["lower_order_final"] else self._memory + 1
@@ -140,9 +139,36 @@ class SASolverScheduler(LambdaScheduler):
         self.this_corrector_order = min(c["corrector_order"], left + 1, self.lower_order_nums + 2)
         self.last_sample, self.last_noise = sample, noise
         self._tau = float(self.tau_func(self._list("timesteps")[i]))
-        nodes = [grid[i - k] for k in range(order)]
-        a, b, noise_scale = adams([grid[i + 1], grid[i]], nodes, self._tau, self.predict_x0, False)
-        prev_sample = combine((a, sample), *self._outputs(b), (noise_scale, noise))
+        prev_sample = self._predict(sample, noise, order, self._tau, i)
         self.lower_order_nums = min(self.lower_order_nums + 1, self._memory)
         self._advance()
         return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _predict(self, sample: Tensor, noise: Tensor, order: int, tau: float, i: int) -> Tensor:
+        grid = self._grid
+        nodes = [grid[i - k] for k in range(order)]
+        a, b, noise_scale = adams([grid[i + 1], grid[i]], nodes, tau, self.predict_x0, False)
+        return combine((a, sample), *self._outputs(b), (noise_scale, noise))
+
+    def _correct(
+        self, converted: Tensor, last_sample: Tensor, last_noise: Tensor, order: int, tau: float, i: int
+    ) -> Tensor:
+        grid = self._grid
+        nodes = [grid[i - k] for k in range(order)]
+        a, b, noise_scale = adams([grid[i], grid[i - 1]], nodes, tau, self.predict_x0, True)
+        return combine((a, last_sample), (b[0], converted), *self._outputs(b[1:]), (noise_scale, last_noise))
+
+    # -- the parts of a step under the ecosystem's names -----------------------------------------------
+
+    def stochastic_adams_bashforth_update(
+        self, model_output: Tensor, *args: Any, sample: Tensor, noise: Tensor, order: int, tau: Any, **kwargs: Any
+    ) -> Tensor:
+        """Predict the sample of the next level from the remembered model outputs."""
+        return self._predict(sample, noise, order, float(tau), self._here())
+
+    def stochastic_adams_moulton_update(
+        self, this_model_output: Tensor, *args: Any, last_sample: Tensor, last_noise: Tensor, this_sample: Tensor,
+        order: int, tau: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """Correct the sample of this level by the converted model output at it; ``this_sample`` has no influence."""
+        return self._correct(this_model_output, last_sample, last_noise, order, float(tau), self._here())

@@ -77,7 +77,7 @@ class SigmaScheduler(SchedulerMixin):
     def _sigma(self, timestep: Any) -> float:
         """The noise level of this step; finds out where the run begins, if it has not begun."""
         if self._step_index is None:
-            self._start(timestep)
+            self._init_step_index(timestep)
         assert self._step_index is not None
         return self._list("sigmas")[self._step_index]
 

@@ -15,6 +15,7 @@ from .base import KARRAS_COMPATIBLES, Device, SchedulerMixin, SchedulerOutput, c
 from .exponential import LambdaScheduler, Level
 from .noise import Array
 from .sigma import TRANSFORMS
+from .updates import sample_of
 
 
 def unipc(
@@ -159,27 +160,65 @@ class UniPCMultistepScheduler(LambdaScheduler):
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """Correct the sample with the model output at it, then predict the next one; shapes ``(B, C, …)``."""
-        i, c, grid = self._enter(timestep, model_output, sample), self.config, self._grid
-        converted = self._convert(model_output, sample, grid[i])
+        i, c = self._enter(timestep, model_output, sample), self.config
+        converted = self._convert(model_output, sample, self._grid[i])
         if i > 0 and i - 1 not in self.disable_corrector and self.last_sample is not None:
-            levels = [grid[i - k] for k in range(self.this_order + 1)]
-            a, b, target = unipc(levels, self.this_order, self.predict_x0, c["solver_type"], True)
-            sample = combine((a, self.last_sample), *self._outputs(b), (target, converted))
+            sample = self._correct(converted, self.last_sample, self.this_order, i)
         self._remember(converted)
         order = min(c["solver_order"], len(self.timesteps) - i) if c["lower_order_final"] else c["solver_order"]
         self.this_order = min(order, self.lower_order_nums + 1)
         self.last_sample = sample
-        prev_sample = self._predict(model_output, timestep, sample, i)
+        prev_sample = self._predict(model_output, timestep, sample, i, self.this_order)
         self.lower_order_nums = min(self.lower_order_nums + 1, c["solver_order"])
         self._advance()
         return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
-    def _predict(self, model_output: Tensor, timestep: Any, sample: Tensor, i: int) -> Tensor:
+    def _correct(self, converted: Tensor, last_sample: Tensor, order: int, i: int) -> Tensor:
+        levels = [self._grid[i - k] for k in range(order + 1)]
+        a, b, target = unipc(levels, order, self.predict_x0, self.config["solver_type"], True)
+        return combine((a, last_sample), *self._outputs(b), (target, converted))
+
+    def _predict(self, model_output: Tensor, timestep: Any, sample: Tensor, i: int, order: int) -> Tensor:
         if self.solver_p is not None:
             prev_sample: Tensor = self.solver_p.step(model_output, timestep, sample).prev_sample  # type: ignore[attr-defined]
             return prev_sample
         grid = self._grid
-        order = 1 if math.isinf(grid[i + 1].lam) else self.this_order  # nothing to extrapolate with at σ = 0
+        order = 1 if math.isinf(grid[i + 1].lam) else order  # nothing to extrapolate with at σ = 0
         levels = [grid[i + 1], *(grid[i - k] for k in range(order))]
         a, b, _ = unipc(levels, order, self.predict_x0, self.config["solver_type"], False)
         return combine((a, sample), *self._outputs(b))
+
+    # -- the parts of a step under the ecosystem's names -----------------------------------------------
+
+    def multistep_uni_p_bh_update(
+        self, model_output: Tensor, *args: Any, sample: Tensor | None = None, order: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Predict the sample of the next level from the remembered model outputs.
+
+        Raises:
+            ValueError: no ``sample``, no ``order``, or no step under way.
+        """
+        i = self._here()
+        return self._predict(model_output, self.timesteps[i], sample_of(args, sample), i, _order(args, order))
+
+    def multistep_uni_c_bh_update(
+        self, this_model_output: Tensor, *args: Any, last_sample: Tensor | None = None,
+        this_sample: Tensor | None = None, order: int | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """Correct the sample of this level by the converted model output at it; ``this_sample`` has no influence.
+
+        Raises:
+            ValueError: no ``last_sample``, no ``order``, or no step under way.
+        """
+        tensors = [a for a in args if isinstance(a, Tensor) and a.ndim > 0]  # the last and this sample, if by place
+        last_sample = sample_of(tensors[:1], last_sample)
+        return self._correct(this_model_output, last_sample, _order(args, order), self._here())
+
+
+def _order(args: Sequence[Any], order: int | None) -> int:
+    """By name, or by place as the last argument."""
+    if order is None and args and isinstance(args[-1], int):
+        order = args[-1]
+    if order is None:
+        raise ValueError("`order` is missing: give the order of this step")
+    return order

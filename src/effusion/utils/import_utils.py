@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import operator
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.torch_version import TorchVersion
 
 from ..core.config import FORMAT_VERSION
-from ..core.optional import is_available
+from ..core.errors import MissingExtra
+from ..core.optional import EXTRAS, is_available
 
 _COMPARE: dict[str, Callable[[TorchVersion, str], bool]] = {
     ">": operator.gt,
@@ -20,6 +24,30 @@ _COMPARE: dict[str, Callable[[TorchVersion, str], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
+# X of `is_X_available` -> the module to look for, where it is called otherwise
+_MODULES = {
+    "opencv": "cv2",
+    "invisible_watermark": "imwatermark",
+    "onnx": "onnxruntime",
+    "optimum_quanto": "optimum.quanto",
+    "nvidia_modelopt": "modelopt",
+    "hpu": "habana_frameworks.torch",
+}
+_SAME = """accelerate auto_round av better_profanity bitsandbytes bs4 compel cosmos_guardrail flash_attn flash_attn_3
+flashinfer flashpack ftfy gguf imageio inflect kernels kornia librosa matplotlib nltk note_seq outlines peft
+pytorch_retinaface safetensors sageattention scipy sdnq sentencepiece tensorboard timm torch torch_mlu torch_neuronx
+torch_npu torch_tpu torch_xla torchao torchsde torchvision transformers unidecode wandb xformers"""
+_MODULES |= {name: name for name in _SAME.split()}
+# X of `is_X_version` -> the distribution, where it is called otherwise
+_DISTRIBUTIONS = {"hf_hub": "huggingface_hub", "optimum_quanto": "optimum-quanto", "nvidia_modelopt": "nvidia-modelopt"}
+_SAME = """accelerate bitsandbytes flash_attn gguf kernels peft sageattention sdnq torch torch_xla torchao
+    transformers xformers"""
+_DISTRIBUTIONS |= {name: name for name in _SAME.split()}
+_BACKENDS = {**_MODULES, "quanto": _MODULES["optimum_quanto"]}  # what `requires_backends` is asked for
+
+
+class OptionalDependencyNotAvailable(BaseException):
+    """What the ecosystem's packages raise to themselves where something optional is missing."""
 
 
 def is_version(package: str, operation: str, version: str) -> bool:
@@ -46,30 +74,40 @@ def check_min_version(min_version: str) -> None:
         )
 
 
-is_torch_version = functools.partial(is_version, "torch")
-is_transformers_version = functools.partial(is_version, "transformers")
-is_accelerate_version = functools.partial(is_version, "accelerate")
-is_peft_version = functools.partial(is_version, "peft")
+def requires_backends(obj: Any, backends: str | Sequence[str]) -> None:
+    """Raise if a package of ``backends`` that ``obj`` (an object or class) needs is not there.
 
-is_torch_available = functools.partial(is_available, "torch")
-is_transformers_available = functools.partial(is_available, "transformers")
-is_accelerate_available = functools.partial(is_available, "accelerate")
-is_peft_available = functools.partial(is_available, "peft")
-is_bitsandbytes_available = functools.partial(is_available, "bitsandbytes")
-is_flash_attn_available = functools.partial(is_available, "flash_attn")
-is_gguf_available = functools.partial(is_available, "gguf")
-is_imageio_available = functools.partial(is_available, "imageio")
-is_invisible_watermark_available = functools.partial(is_available, "imwatermark")
-is_matplotlib_available = functools.partial(is_available, "matplotlib")
-is_opencv_available = functools.partial(is_available, "cv2")
-is_sageattention_available = functools.partial(is_available, "sageattention")
-is_scipy_available = functools.partial(is_available, "scipy")
-is_sentencepiece_available = functools.partial(is_available, "sentencepiece")
-is_tensorboard_available = functools.partial(is_available, "tensorboard")
-is_torch_npu_available = functools.partial(is_available, "torch_npu")
-is_torch_xla_available = functools.partial(is_available, "torch_xla")
-is_torchao_available = functools.partial(is_available, "torchao")
-is_torchsde_available = functools.partial(is_available, "torchsde")
-is_torchvision_available = functools.partial(is_available, "torchvision")
-is_wandb_available = functools.partial(is_available, "wandb")
-is_xformers_available = functools.partial(is_available, "xformers")
+    Raises:
+        MissingExtra: names what is missing and how to install it.
+        ValueError: a package that nobody here knows.
+    """
+    wanted = [backends] if isinstance(backends, str) else list(backends)
+    if strange := [name for name in wanted if name not in _BACKENDS]:
+        raise ValueError(f"unknown packages {strange}; known are {', '.join(sorted(_BACKENDS))}")
+    missing = [name for name in wanted if not is_available(_BACKENDS[name])]
+    if missing:
+        name = getattr(obj, "__name__", type(obj).__name__)
+        hints = [f"'effusion[{EXTRAS[m]}]'" if m in EXTRAS else _BACKENDS[m].split(".")[0] for m in missing]
+        raise MissingExtra(f"{name} needs {', '.join(missing)}, not installed: pip install {' '.join(hints)}")
+
+
+def is_google_colab() -> bool:
+    """Whether this is a notebook of Google Colab."""
+    return "google.colab" in sys.modules or any(name.startswith("COLAB_") for name in os.environ)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("is_") and name.endswith("_available") and name[3:-10] in _MODULES:
+        return functools.partial(is_available, _MODULES[name[3:-10]])
+    if name.startswith("is_") and name.endswith("_version") and name[3:-8] in _DISTRIBUTIONS:
+        return functools.partial(is_version, _DISTRIBUTIONS[name[3:-8]])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def questions() -> list[str]:
+    """The names of all questions of this kind."""
+    return [f"is_{name}_available" for name in _MODULES] + [f"is_{name}_version" for name in _DISTRIBUTIONS]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *questions()})
