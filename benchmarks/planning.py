@@ -16,9 +16,9 @@ AIM = 3.0  # seconds
 
 LOADED = """
 import time, torch, effusion
-from effusion.placement import machine
+from effusion.placement.rates import rates
 from transformers import CLIPTextModel, T5EncoderModel
-machine.rates("cpu")
+rates("cpu")
 pipe = effusion.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
 start = time.perf_counter()
 plan = pipe.plan(budget, height=size, width=size)

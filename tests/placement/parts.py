@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from effusion.placement.forecast import Part, Piece, Speed
+from effusion.placement.forecast import Part, Speed
+from effusion.placement.sizes import Piece
 
 SPEED = Speed(1e9, 1e8, 1e10)
 

@@ -104,7 +104,8 @@ def test_only_rows_that_are_read_of_a_table_count() -> None:
     assert 7 * 256 <= found.touched["weight"] < table.weight.nbytes // 10
     used = part_of("text", table, found, 1, torch.device("cpu"))
     assert used.cost < used.nbytes // 10
-    assert part_of("text", table, found, 1, torch.device("cuda:0")).cost == used.nbytes
+    there = part_of("text", table, found, 1, torch.device("cuda:0")).cost
+    assert used.nbytes <= there <= used.nbytes + (1 << 20), "what the allocator leaves with it"
 
 
 def test_weights_that_are_not_used_are_not_counted() -> None:

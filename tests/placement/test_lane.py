@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import threading
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effusion.core.errors import CheckpointError
-from effusion.placement import engine, lane, machine, policies
+from effusion.placement import engine, lane, machine, policies, streams
 from effusion.placement.arena import ALIGN, Arena, host_pages, layout
-from effusion.placement.sources import Mappings, OpenFile, changed_in_memory, is_dense, write_offload_file
+from effusion.placement.offload_files import write_offload_file
+from effusion.placement.sources import Mappings, OpenFile, changed_in_memory, is_dense
 
 from . import toys
 from .conftest import travel_always
@@ -48,6 +50,9 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         self.knows |= event.knows
+
+    def synchronize(self) -> None:
+        Api.host |= self.knows
 
 
 class Api:
@@ -83,18 +88,31 @@ class Watch:
         self.count = 0
         self.uses: dict[int, set[int]] = {}  # byte (in blocks of 512) -> uses of it
         self.copies: dict[int, int] = {}  # block -> its last copy
+        self.chunks: dict[int, set[int]] = {}  # address of a pinned chunk -> copies out of it
+        self.direct = 0  # copies from pinned weights
         self.problems: list[str] = []
 
     def blocks(self, tensor: torch.Tensor, base: int) -> range:
         start = tensor.data_ptr() - base
         return range(start // 512, (start + max(tensor.nbytes, 1) - 1) // 512 + 1)
 
-    def copied(self, blocks: range) -> None:
+    def filled(self, chunk: int) -> None:
+        """The host writes into a chunk, at once."""
+        if self.chunks.get(chunk, set()) - Api.host:
+            self.problems.append("a chunk is filled that may still be copied from")
+
+    def copied(self, blocks: range, source: int) -> None:
+        """A copy was queued."""
         self.count += 1
         for b in blocks:
             if self.uses.get(b, set()) - Api.current_stream().knows:
                 self.problems.append(f"copy over block {b} that may still be computed with")
             self.copies[b] = self.count
+        chunk = next((c for c in self.chunks if c <= source < c + streams.CHUNK), None)
+        if chunk is not None:
+            self.chunks[chunk].add(self.count)
+        else:
+            self.direct += 1
         Api.current_stream().knows.add(self.count)
 
     def used(self, blocks: range) -> None:
@@ -106,28 +124,38 @@ class Watch:
         Api.compute.knows.add(self.count)
 
 
-def simulate(monkeypatch: pytest.MonkeyPatch) -> tuple[lane.Lane, Watch]:
-    """A lane to the CPU that behaves as one to an accelerator."""
+def simulate(monkeypatch: pytest.MonkeyPatch, pinned: bool = False) -> tuple[lane.Lane, Watch]:
+    """A lane to the CPU that behaves as one to an accelerator, which sees plain memory as ``pinned`` or not."""
     monkeypatch.setattr(lane, "SMALL", 0)
+    monkeypatch.setattr(streams, "CHUNK", 1024)
+    monkeypatch.setattr(streams, "is_pinned", lambda piece: pinned and isinstance(piece.source, torch.Tensor))
     Api.compute, Api.host = Stream(), set()
     Api.thread = threading.local()
     road = lane.Lane(CPU)
-    streams = lane.CudaStreams(CPU)
-    streams.api = Api
-    road.streams = streams
+    road.streams = streams.CudaStreams(CPU)
+    road.streams.api = Api
     watch = Watch()
-    copy = lane.CudaStreams.copy
+    queue, pin = streams.CudaStreams.queue, streams.pinned_bytes
 
-    def watched(self: Any, buffer: Any, pieces: Any, strays: Any, after: Any, fill: Any) -> Any:
-        def filling(target: Any, todo: Any, start: int, stop: int) -> None:
-            base = road.arena.buffer.data_ptr() if road.arena is not None else 0
-            for p in todo:
-                watch.copied(watch.blocks(buffer[p.start : p.start + p.nbytes], base))
-            fill(target, todo, start, stop)
+    def pinned_bytes(nbytes: int) -> torch.Tensor:
+        chunk = pin(nbytes)
+        watch.chunks[chunk.data_ptr()] = set()
+        return chunk
 
-        return copy(self, buffer, pieces, strays, after, filling)
+    def queued(self: Any, target: torch.Tensor, source: torch.Tensor, waits: bool = False) -> None:
+        base = road.arena.buffer.data_ptr() if road.arena is not None else 0
+        watch.copied(watch.blocks(target, base), source.data_ptr())
+        queue(self, target, source, waits)
 
-    monkeypatch.setattr(lane.CudaStreams, "copy", watched)
+    fill = lane.Lane._fill
+
+    def filling(self: Any, target: memoryview, pieces: Any, start: int, stop: int) -> None:
+        watch.filled(ctypes.addressof(ctypes.c_char.from_buffer(target)))
+        fill(self, target, pieces, start, stop)
+
+    monkeypatch.setattr(streams, "pinned_bytes", pinned_bytes)
+    monkeypatch.setattr(streams.CudaStreams, "queue", queued)
+    monkeypatch.setattr(lane.Lane, "_fill", filling)
     monkeypatch.setitem(lane._lanes, CPU, road)
     return road, watch
 
@@ -146,15 +174,15 @@ def observe(module: nn.Module, road: lane.Lane, watch: Watch) -> None:
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("home", ["host", "pinned", "disk"])
 def test_copies_and_computation_keep_their_order(
-    kind: str, ahead: bool, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, ahead: bool, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    road, watch = simulate(monkeypatch)
+    road, watch = simulate(monkeypatch, pinned=home == "pinned")
     module, x = toys.Fails(), torch.randn(2, 8)
     with torch.no_grad():
         resident = module(x)
-    folder = tmp_path if on_disk else None
+    folder = tmp_path if home == "disk" else None
     policies.apply_group_offloading(module, "cpu", offload_type=kind, use_stream=ahead, offload_to_disk_path=folder)
     travel_always(module)
     observe(module, road, watch)
@@ -168,13 +196,16 @@ def test_copies_and_computation_keep_their_order(
         assert torch.equal(module(x), resident)
     policies.remove(module)
     assert watch.uses and watch.copies
+    assert bool(watch.direct) == (home == "pinned") and bool(watch.chunks) == (home != "pinned")
     assert not watch.problems, watch.problems[:3]
 
 
-@pytest.mark.parametrize("forgotten", ["mark", "wait"])
-def test_the_simulation_finds_a_forgotten_wait(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    road, watch = simulate(monkeypatch)
-    monkeypatch.setattr(lane.CudaStreams, forgotten, lambda *args: None)
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("forgotten", ["mark", "wait", "synchronize"])
+def test_the_simulation_finds_a_forgotten_wait(forgotten: str, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    road, watch = simulate(monkeypatch, pinned)
+    target = Event if forgotten == "synchronize" else streams.CudaStreams
+    monkeypatch.setattr(target, forgotten, lambda *args: None)
     module, x = toys.Fails(), torch.randn(2, 8)
     policies.apply_group_offloading(module, "cpu", offload_type="block_level", use_stream=True)
     travel_always(module)
@@ -182,7 +213,70 @@ def test_the_simulation_finds_a_forgotten_wait(forgotten: str, monkeypatch: pyte
     with torch.no_grad():
         module(x), module(x)
     policies.remove(module)
-    assert watch.problems
+    assert bool(watch.problems) == (forgotten != "synchronize" or not pinned)  # what is pinned needs no chunk
+
+
+def test_what_was_copied_before_a_fetch_failed_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file ends halfway: copies of its first half may still be under way when its room is given to others."""
+    road, watch = simulate(monkeypatch)
+    module, x = toys.Fails(), torch.randn(2, 8)
+    policies.apply_group_offloading(module, "cpu", offload_type="block_level", offload_to_disk_path=tmp_path)
+    travel_always(module)
+    observe(module, road, watch)
+    read, after = OpenFile.read, list[int]()
+
+    def ends(self: OpenFile, target: memoryview, offset: int, once: bool = False) -> None:
+        if after and watch.count > after[0]:
+            raise CheckpointError("it ends here")
+        read(self, target, offset, once)
+
+    monkeypatch.setattr(OpenFile, "read", ends)
+    with torch.no_grad():
+        module(x)
+        after.append(watch.count)
+        with pytest.raises(CheckpointError, match="ends here"):
+            module(x)
+    begun = set(range(after[0] + 1, watch.count + 1))
+    assert begun and begun <= Api.compute.knows, "the computation does not wait for what was begun"
+    policies.remove(module)
+
+
+# -- pinned memory -------------------------------------------------------------------------------------------
+
+
+def test_pinned_memory_is_unregistered_while_it_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: dict[int, int] = {}
+
+    def mapped_at(address: int) -> bool:
+        areas = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+        return any(int(a, 16) <= address < int(b, 16) for a, b in areas)
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, nbytes: int, flags: int) -> int:
+            registered[address] = nbytes
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(address: int) -> int:
+            assert mapped_at(address), "it is unmapped already: the address may be another one's"
+            del registered[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    size = 64 << 20  # an area of its own
+    buffer = streams.pinned_bytes(size)
+    address, part = buffer.data_ptr(), buffer[100:200]
+    assert registered == {address: size}
+    del buffer
+    assert registered, "a part of it is still in use"
+    part.fill_(3)
+    del part
+    assert not registered and not mapped_at(address)
+    monkeypatch.setattr(Runtime, "cudaHostRegister", staticmethod(lambda *args: 2))
+    with pytest.raises(MemoryError, match="CUDA error 2"):
+        streams.pinned_bytes(4096)
 
 
 # -- the ring ------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from effusion.core.errors import BudgetError
 from effusion.placement import planner
-from effusion.placement.forecast import Part, Piece, Speed
+from effusion.placement.forecast import Part, Speed
 from effusion.placement.plan import Plan
+from effusion.placement.sizes import Piece
 
 from .parts import SPEED, part
 

@@ -33,10 +33,14 @@ def vae_format(vae: Any) -> LatentFormat:
 
 @contextmanager
 def upcast(vae: Any, wanted: bool, dtypes: tuple[torch.dtype, ...]) -> Iterator[None]:
-    """Run a VAE that overflows in half precision (``force_upcast``) in float32, then put it back."""
+    """Run a VAE that overflows in half precision (``force_upcast``) in float32."""
     before = vae.dtype
     if not (wanted and getattr(vae.config, "force_upcast", False) and before in dtypes):
         yield
+        return
+    if hasattr(vae, "computing_in"):
+        with vae.computing_in(torch.float32):
+            yield
         return
     vae.to(dtype=torch.float32)
     try:

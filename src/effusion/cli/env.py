@@ -52,11 +52,12 @@ def facts() -> dict[str, str]:
 
 def rates() -> dict[str, str]:
     """The rates that plans count with, for each device."""
-    from ..placement import machine
+    from ..placement.machine import devices
+    from ..placement.rates import rates as measure
 
     found = {}
-    for device in machine.devices():
-        measured = machine.rates(device, fresh=True)
+    for device in devices():
+        measured = measure(device, fresh=True)
         compute = ", ".join(f"{rate / 1e9:.0f} Gflop/s in {dtype}" for dtype, rate in measured.matmul.items())
         found[f"{device} computes"] = compute
         found[f"{device} memory"] = f"{measured.memory / 1e9:.1f} GB/s"

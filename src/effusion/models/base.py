@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -21,6 +22,7 @@ from ..placement import packing as packs
 from ..placement.casting import compute_dtype
 from ..placement.policies import execution_device
 from ..placement.switches import MemorySwitches
+from ..placement.upcasting import computing_in
 from ..weights import original_config, recognise, saving, single_file
 from ..weights.entries import Checkpoint
 from ..weights.prepare import LoadOptions, Prepared
@@ -77,6 +79,10 @@ class ModelMixin(
             if name in config and not name.startswith("_"):
                 return config[name]
             raise
+
+    def computing_in(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Within it the network computes in ``dtype``, and its weights rest as they are: ``with vae.computing_in(…):``."""
+        return computing_in(self, dtype)
 
     # -- loading ---------------------------------------------------------------------------------
 

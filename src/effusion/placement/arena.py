@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..core.memory import in_huge_pages
 # Bytes. On the CPU weights keep their address modulo this: kernels may round differently with another one (modulo 64),
 # and whole sectors of files can be read into place past the system's cache.
 ALIGN = 512
+Pages = TypeVar("Pages", bound=mmap.mmap)
 
 
 @dataclass
@@ -76,6 +78,10 @@ class Arena:
         """Whether ``tensor`` lies in this arena."""
         return tensor.device == self.device and tensor.untyped_storage().data_ptr() == self.buffer.data_ptr()
 
+    def apart(self, tensor: Tensor) -> Tensor:
+        """``tensor``, copied if it lies in this arena."""
+        return tensor.clone() if self.holds(tensor) else tensor
+
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """``nbytes`` of plain bytes on ``device``, usable in and out of inference mode.
@@ -89,10 +95,19 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
         return in_huge_pages(host_pages(nbytes)[1])
 
 
-def host_pages(nbytes: int) -> tuple[mmap.mmap, Tensor]:
-    """Pages from the system, and a tensor over them that keeps them alive."""
+def host_pages(nbytes: int, kind: type[Pages] = mmap.mmap) -> tuple[Pages, Tensor]:  # type: ignore[assignment]
+    """Pages from the system, and a tensor over them that keeps them alive.
+
+    Raises:
+        MemoryError: it has none left.
+    """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    pages = mmap.mmap(-1, nbytes, **private)
+    try:
+        pages = kind(-1, nbytes, **private)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"the system has no {nbytes} bytes of memory left") from error
     return pages, torch.frombuffer(pages, dtype=torch.uint8)
 
 

@@ -23,14 +23,16 @@ from ..core.errors import BudgetError, PlanConflict
 from . import homes, machine, pages
 from . import lender as lending
 from .arena import layout, tensors_in
+from .exhausted import is_out_of_memory
 from .lane import Cargo, Lane, lane_to, version
 from .lender import Lender
-from .lent import copied, lend, writes_unseen
+from .lent import lend, writes_unseen
 from .plan import Row
 from .rooms import room_on
 from .sources import Mappings, Span, changed_in_memory, give_back_pages
 from .transform import Transform
 from .transform import lock as _lock
+from .trees import mapped
 from .units import Group, Slot, is_called, peeking_owners
 
 if TYPE_CHECKING:
@@ -364,7 +366,9 @@ class Engine:
                 self._recall(lane)
                 cargo = lane.start(rests, spans, own)
             return cargo
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if not must:
                 return None
             return self._fetch_again(unit, rests, spans, error)
@@ -381,7 +385,9 @@ class Engine:
             cargo = lane.start(rests, spans, own_memory=True)
             assert cargo is not None
             return cargo
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception as again:
+            if not is_out_of_memory(again):
+                raise
             need = sum(r.numel() * r.element_size() for r in rests)
             raise BudgetError(
                 f"{self.name}/{unit.row.unit}: {need} bytes of weights don't fit on {unit.device} beside what is there. "
@@ -432,7 +438,7 @@ class Engine:
         for device in self._capacity:
             arena = lane_to(device).arena
             if arena is not None and any(arena.holds(t) for t in tensors_in(out)):
-                return copied(out, arena.holds)
+                return mapped(out, arena.apart)
         return out
 
     # -- what comes next -----------------------------------------------------------------------------
@@ -495,6 +501,8 @@ class Engine:
             self._recent, self._frontier = (None, None), None
             for device in self._capacity:
                 lane_to(device).release()
+            for patch in self.patches.values():
+                patch.settle()
 
     def close(self) -> None:
         """Serve no more; what rests in the modules stays where it is."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..core import log
 from . import hoisting
+from .asides import undrawn
 from .forecast import Part, part_of
 from .hoisting import Hoistable
 from .rehearsal import Rehearsed, rehearse
@@ -75,7 +76,7 @@ class Expectation:
             return {}
         found = {}
         try:
-            with torch.no_grad(), torch.random.fork_rng([]):
+            with torch.no_grad(), undrawn(self.networks.values()):
                 outlines = {name: needs.outline for name, needs in self.needs.items()}
                 calls = hoisting.collect(self.networks, self.loop, outlines=outlines)
             for name, made in calls.items():

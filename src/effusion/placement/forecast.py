@@ -6,41 +6,27 @@ the machine; which of a component's weights stay and which travel is an :class:`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from . import pages
+from . import allocator, pages
 from .casting import layers_to_cast, usual_patterns
 from .engine import engine_of
 from .hoisting import Hoistable
-from .machine import Rates
 from .plan import STORED, Stage
+from .rates import Rates
 from .rehearsal import Rehearsed
+from .sizes import Forms, Piece, Sizes
 from .sources import Mappings
-from .units import Group, Slot, by_block, by_leaf, outer, own_slots
+from .units import Group, by_block, by_leaf, own_slots
 from .workspaces import KERNEL
 
 EFFICIENCY = 0.6  # of the rate of large matrices that networks reach
 HANDOVER = 1e-4  # seconds that lending one unit takes by itself
 FORESEEING = 2e-3  # seconds per layer of a network to find out what can be hoisted
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One unit: what travels when it is streamed, and what it takes when it stays."""
-
-    name: str
-    nbytes: int
-    cost: int  # bytes on the compute device if it stays: on the CPU only what is read of the mapped file
-    outer: bool = False  # modules of other units are called within its own call: it is there for all of them
-
-    @property
-    def room(self) -> int:
-        """Bytes of the ring that it passes through."""
-        return -(-(self.nbytes + 4096) // 512) * 512
 
 
 @dataclass(frozen=True)
@@ -52,7 +38,7 @@ class Part:
         activations, workspaces: bytes at the worst moment.
         flops, moved: of all calls of the run.
         passes: how often all of its weights are needed.
-        decoded: bytes of the largest layer once decoded, if it rests in a smaller form.
+        decoded: bytes for decoding and patching, of the layer that takes most; and of deltas.
         bound: its weights are in memory already and views of no file, so they can't leave it.
         hoisted: bytes that are fetched once, before the loop, and left out of it.
         foreseen: seconds that finding out takes.
@@ -80,7 +66,7 @@ class Part:
     @property
     def cost(self) -> int:
         """Bytes on the compute device with all of it there."""
-        return sum(p.cost for p in self.blocks)
+        return sum(p.cost + p.unused for p in self.blocks)
 
     @property
     def needed(self) -> int:
@@ -151,8 +137,10 @@ def stage(part: Part, option: Option, beside: int = 0, host: int = 0) -> Stage:
     )
 
 
-def rounding(kernels: int) -> int:
-    """Bytes on the CPU for small objects, whole pages and the libraries' buffers, which grow with the threads."""
+def rounding(kernels: int, device: torch.device) -> int:
+    """Bytes for small objects, whole pages and the libraries' buffers, which on the CPU grow with the threads."""
+    if device.type != "cpu":
+        return allocator.libraries(device)
     return (1 << 20) + pages.libraries() + torch.get_num_threads() * (1 << 19) + kernels * KERNEL
 
 
@@ -179,31 +167,28 @@ def part_of(
     restored = engine.originals if engine is not None and uncast else {}
     bound = mappings is not None and (storage is not None or _bound(leaves, mappings, restored))
     left_out = None if bound else left_out  # what can't leave memory costs as much left out
-    sizes = Sizes(needs.touched if not needs.failure else None, device, forms)
+    sizes = Sizes(module, needs, device, forms)
     work = needs.work(steps)
     part = Part(
         name,
         sizes.pieces(blocks, left_out),
         sizes.pieces(leaves, left_out),
         needs.activations,
-        needs.workspaces + (rounding(kernels) if device.type == "cpu" else 0),
+        needs.workspaces + rounding(kernels, device),
         work.flops,
         work.moved,
         max(work.calls, 1),
         *_form(forms),
-        max((sizes.decoded(group) for group in leaves), default=0),
+        max((sizes.decoded(group) for group in leaves), default=0) + sizes.deltas,
         bound,
     )
-    if storage is not None:  # every use reads what is stored, and writes and reads what is computed with
-        part = replace(part, moved=part.moved + part.passes * sum(sizes.unpacking(group) for group in leaves))
+    # every use reads what is stored, and writes and reads what is computed with
+    part = replace(part, moved=part.moved + part.passes * sum(sizes.unpacking(group) for group in leaves))
     if left_out is None:
         return part
     hoisted = sum(p.nbytes for p in sizes.pieces(leaves)) - sum(p.nbytes for p in part.leaves)
     held = part.activations + left_out.table
     return replace(part, activations=held, hoisted=hoisted, foreseen=FORESEEING * len(leaves))
-
-
-Forms = Mapping[tuple[int, str], tuple[torch.dtype, torch.dtype]]  # (module, name) -> dtype at rest, dtype of computing
 
 
 def _forms(module: nn.Module, storage: torch.dtype | None, uncast: bool) -> Forms:
@@ -228,58 +213,6 @@ def _form(forms: Forms) -> tuple[str, str | None]:
     for stored, compute in (dtypes for dtypes in forms.values() if dtypes[0] != dtypes[1]):
         return str(stored).removeprefix("torch."), str(compute).removeprefix("torch.")
     return STORED, None
-
-
-class Sizes:
-    """Bytes of weights: at rest, on the compute device, decoded.
-
-    Args:
-        used: of weights, the bytes that are read of them; ``None`` if that is not known.
-        forms: of those that rest in a smaller dtype.
-    """
-
-    def __init__(self, used: dict[str, int] | None, device: torch.device, forms: Forms) -> None:
-        self.used, self.on_cpu, self.forms = used, device.type == "cpu", forms
-
-    def of(self, slot: Slot) -> int:
-        """Bytes at rest."""
-        form = self.forms.get((id(slot.module), slot.name))
-        return slot.tensor.numel() * form[0].itemsize if form is not None else slot.tensor.nbytes
-
-    def decoded(self, group: Group) -> int:
-        """Bytes of the weights of ``group`` that are decoded, as they are computed with."""
-        return sum(s.tensor.numel() * f[1].itemsize for s, f in self._decoded(group))
-
-    def unpacking(self, group: Group) -> int:
-        """Bytes that are moved to decode ``group`` once."""
-        return sum(s.tensor.numel() * (f[0].itemsize + 2 * f[1].itemsize) for s, f in self._decoded(group))
-
-    def _decoded(self, group: Group) -> Iterator[tuple[Slot, tuple[torch.dtype, torch.dtype]]]:
-        for slot in group.slots:
-            form = self.forms.get((id(slot.module), slot.name))
-            if form is not None and form[0] != form[1]:
-                yield slot, form
-
-    def pieces(self, groups: Sequence[Group], left_out: Hoistable | None = None) -> tuple[Piece, ...]:
-        """The units of ``groups``; a weight that several share is counted with the first."""
-        gone = tuple(f"{path}." for path in left_out.modules) if left_out is not None else ()
-        seen: set[int] = set()
-        pieces = []
-        for group, is_outer in zip(groups, outer(groups), strict=True):
-            total = cost = 0
-            for slot in group.slots:
-                if slot.path.startswith(gone) and gone:
-                    continue
-                size = self.of(slot)
-                reads = min(self.used.get(slot.path, 0), size) if self.used is not None else size
-                fresh = id(slot.tensor) not in seen
-                seen.add(id(slot.tensor))
-                total += size * fresh
-                form = self.forms.get((id(slot.module), slot.name))
-                in_place = self.on_cpu and (form is None or form[0] == form[1])
-                cost += reads if in_place else size * fresh * (bool(reads) or self.on_cpu)
-            pieces.append(Piece(group.name, total, min(cost, total), is_outer))
-        return tuple(pieces)
 
 
 def _bound(groups: Sequence[Group], mappings: Mappings, restored: Collection[tuple[nn.Module, str]] = ()) -> bool:

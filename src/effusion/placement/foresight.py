@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.errors import EffusionError
 from .arena import tensors_in
+from .exhausted import is_out_of_memory
+from .trees import mapped
 
 LIMIT = 32 << 20  # bytes: a result larger than this for all calls together is not worth knowing
 _META = torch.device("meta")
@@ -123,7 +125,7 @@ class Foresight(TorchFunctionMode):
                 return self._unknown(func, name, args, kwargs, target)
             return self._known(func, found, args, kwargs, target)
         except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, (Unforeseen, torch.OutOfMemoryError)):
+            if isinstance(error, Unforeseen) or is_out_of_memory(error):
                 raise
             raise Unforeseen(f"{name}: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
@@ -152,7 +154,7 @@ class Foresight(TorchFunctionMode):
             results = []
             for index in range(count):
                 take = partial(self._value, index=index, lent=lent)
-                results.append(func(*mapped(args, take, self.symbolic), **mapped(kwargs, take, self.symbolic)))
+                results.append(func(*_carried(args, take, self.symbolic), **_carried(kwargs, take, self.symbolic)))
         finally:
             self.weights.give_back()
         return target if target is not None and results[0] is not None else self._combined(results)
@@ -183,10 +185,9 @@ class Foresight(TorchFunctionMode):
             return self._taint(target)
         if name in ("cpu", "cuda"):
             return args[0]
-        a, k = (mapped(v, self._shape, True) for v in (args, kwargs))
+        a, k = (_carried(v, self._shape, True) for v in (args, kwargs))
         if name == "to":
-            k.pop("copy", None)
-            _, dtype, _, _ = torch._C._nn._parse_to(*a[1:], **k)
+            _, dtype, _, _ = torch._C._nn._parse_to(*a[1:], **{n: v for n, v in k.items() if n != "copy"})
             return a[0].to(dtype=dtype or a[0].dtype)
         return func(*a, **k)
 
@@ -215,12 +216,10 @@ def _written(name: str, args: Any, kwargs: Any) -> Tensor | None:
     return args[0] if in_place and args and isinstance(args[0], Tensor) else None
 
 
-def mapped(value: Any, function: Callable[[Tensor], Tensor], to_meta: bool) -> Any:
-    """``value`` with ``function`` applied to the tensors in it, and devices replaced if ``to_meta``."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(mapped(item, function, to_meta) for item in value)
-    if isinstance(value, dict):
-        return {k: _META if to_meta and k == "device" else mapped(v, function, to_meta) for k, v in value.items()}
-    return _META if to_meta and isinstance(value, torch.device) else value
+def _carried(value: Any, function: Callable[[Tensor], Tensor], to_meta: bool) -> Any:
+    """Arguments with ``function`` applied to the tensors among them; an operator ``to_meta`` makes no others either."""
+    if not to_meta:
+        return mapped(value, function)
+    if isinstance(value, dict) and "device" in value:
+        value = {**value, "device": _META}
+    return mapped(value, function, lambda leaf: _META if isinstance(leaf, torch.device) else leaf)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from ..core import log
 from . import homes
+from .asides import undrawn
 from .calls import Call, Keys, Opaque, Path, as_one, unknown_paths
 from .engine import Engine, Unit, engine_for, engine_of
+from .exhausted import is_out_of_memory
 from .foresight import Foresight, NoWeights, Unforeseen
 from .lane import version
 from .lender import MISS
@@ -156,7 +158,7 @@ def foresee(networks: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[s
     """
     reasons: dict[str, str] = {}
     try:
-        with torch.random.fork_rng(_accelerators(networks)):
+        with undrawn(networks.values()):
             found = collect(networks, run, reasons)
     except Exception as error:  # code of the loop that looks at latents: nothing is lost but the saving
         logger.info("nothing is hoisted: the loop can't be foreseen (%s: %s)", type(error).__name__, error)
@@ -164,18 +166,14 @@ def foresee(networks: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[s
     for name, calls in found.items():
         try:
             _hoist(networks[name], name, calls)
-        except (Unforeseen, Opaque, torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not (isinstance(error, (Unforeseen, Opaque)) or is_out_of_memory(error)):
+                raise
             reasons[name] = str(error)
             unhoist(networks[name])
     for name, reason in reasons.items():
         logger.info("nothing is hoisted in %s: %s", name, reason)
     return reasons
-
-
-def _accelerators(networks: Mapping[str, nn.Module]) -> list[int]:
-    """The indices of the CUDA devices that ``networks`` compute on."""
-    places = {device_of(m) for m in networks.values()}
-    return [d.index if d.index is not None else torch.cuda.current_device() for d in places if d.type == "cuda"]
 
 
 def collect(

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..core.errors import PlanConflict
 from .arena import layout
-from .lane import pinned_bytes, view
-from .sources import Mappings, check_folder, is_dense, write_offload_file
+from .lane import view
+from .offload_files import check_folder, write_offload_file
+from .sources import Mappings, is_dense
+from .streams import pinned_bytes
 from .units import Group, Slot
 
 

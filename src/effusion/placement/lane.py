@@ -12,27 +12,18 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arena import Arena, Room, allocate, host_pages, layout
+from .arena import Arena, Room, allocate, layout
 from .sources import Span, flat_bytes, is_dense
+from .streams import Piece, is_pinned, merge, streams_of
 
-CHUNK = 16 << 20  # bytes per read, and per copy through pinned memory
 READ = 4 << 20  # bytes that one of several readers reads at a time
 SMALL = 1 << 20  # bytes that are fetched sooner than handed to a thread
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of a fetch: ``[start, start + nbytes)`` of the destination come from a file or from memory."""
-
-    start: int
-    nbytes: int
-    source: Span | Tensor
 
 
 @dataclass
@@ -126,33 +117,16 @@ class Lane:
             must: beside the ring if there is no room in it.
             ahead: nobody waits for it yet.
         """
-        on_cpu = self.device.type == "cpu"
         order = sorted(range(len(rests)), key=lambda i: _place(spans[i], rests[i]))
-        offsets, nbytes = layout([rests[i] for i in order], on_cpu)
-        with self.lock:
-            room = None if own_memory or self.arena is None else self.arena.take(nbytes)
-            if room is None and not must and not own_memory:
-                return None
-            if room is None:
-                buffer = allocate(max(nbytes, 1), self.device)
-                self.outside += nbytes
-            else:
-                assert self.arena is not None
-                buffer = self.arena.bytes(room)
-        tensors: list[Tensor] = [buffer] * len(rests)
-        pieces: list[Piece] = []
-        strays: list[tuple[Tensor, Tensor]] = []
+        offsets, nbytes = layout([rests[i] for i in order], self.device.type == "cpu")
+        found = self._room(nbytes, own_memory, must)
+        if found is None:
+            return None
+        room, buffer = found
+        starts = [at for _, at in sorted(zip(order, offsets, strict=True))]
         with torch.inference_mode(False), torch.no_grad():
-            for index, at in zip(order, offsets, strict=True):
-                rest, span = rests[index], spans[index]
-                size = rest.numel() * rest.element_size()
-                tensors[index] = view(buffer, at, rest)
-                if span is not None:
-                    pieces.append(Piece(at, size, span))
-                elif rest.device.type == "cpu" and is_dense(rest):
-                    pieces.append(Piece(at, size, flat_bytes(rest)))
-                else:
-                    strays.append((tensors[index], rest.detach()))
+            tensors = [view(buffer, at, rest) for at, rest in zip(starts, rests, strict=True)]
+            pieces, strays = _sources(rests, spans, starts, tensors)
         cargo = Cargo(rests, [version(r) for r in rests], tensors, room, nbytes)
         cargo.lost = weakref.finalize(cargo, self._lost.append, (room, nbytes))
         self.transferred += sum(r.nbytes for r in rests)
@@ -164,8 +138,21 @@ class Lane:
             raise
         return cargo
 
+    def _room(self, nbytes: int, own_memory: bool, must: bool) -> tuple[Room | None, Tensor] | None:
+        """Room in the ring and its bytes, or memory beside it; ``None`` if there is no room and there need be none."""
+        with self.lock:
+            room = None if own_memory or self.arena is None else self.arena.take(nbytes)
+            if room is not None:
+                assert self.arena is not None
+                return room, self.arena.bytes(room)
+            if not must and not own_memory:
+                return None
+            buffer = allocate(max(nbytes, 1), self.device)
+            self.outside += nbytes
+            return None, buffer
+
     def _is_pinned(self, piece: Piece) -> bool:
-        return self.device.type != "cpu" and isinstance(piece.source, Tensor) and piece.source.is_pinned()
+        return self.device.type != "cpu" and is_pinned(piece)
 
     def _dispatch(self, cargo: Cargo, buffer: Tensor, pieces: list[Piece], strays: list[Any], at_once: bool) -> None:
         """Fetch on the thread, or here where handing over would take longer than fetching, or nothing else waits."""
@@ -177,7 +164,11 @@ class Lane:
                 for piece in pieces:
                     if isinstance(piece.source, Span):
                         piece.source.file.check()
-                cargo.ready = self.streams.copy(buffer, pieces, strays, [*before, begun], self._fill)
+                try:
+                    cargo.ready = self.streams.copy(buffer, pieces, strays, [*before, begun], self._fill)
+                except BaseException:
+                    cargo.ready = self.streams.queued()  # what was copied so far must not meet what comes next
+                    raise
 
         if at_once:
             work()
@@ -245,167 +236,27 @@ def _place(span: Span | None, tensor: Tensor) -> tuple[int, str, int]:
     return (0, str(span.file.path), span.offset) if span is not None else (1, "", tensor.data_ptr())
 
 
+def _sources(
+    rests: list[Tensor], spans: list[Span | None], starts: list[int], places: list[Tensor]
+) -> tuple[list[Piece], list[tuple[Tensor, Tensor]]]:
+    """Where the bytes of ``rests`` for ``places`` come from; and (to, from) where they are no piece of memory."""
+    pieces: list[Piece] = []
+    strays: list[tuple[Tensor, Tensor]] = []
+    for rest, span, at, place in zip(rests, spans, starts, places, strict=True):
+        size = rest.numel() * rest.element_size()
+        if span is not None:
+            pieces.append(Piece(at, size, span))
+        elif rest.device.type == "cpu" and is_dense(rest):
+            pieces.append(Piece(at, size, flat_bytes(rest)))
+        else:
+            strays.append((place, rest.detach()))
+    return pieces, strays
+
+
 def view(buffer: Tensor, at: int, rest: Tensor) -> Tensor:
     """The place of ``rest`` in ``buffer``: same shape, same strides where it is dense."""
     flat = buffer.narrow(0, at, rest.numel() * rest.element_size()).view(rest.dtype)
     return flat.as_strided(rest.shape, rest.stride()) if is_dense(rest) else flat.view(rest.shape)
-
-
-def merge(pieces: list[Piece]) -> list[Piece]:
-    """Pieces that follow one another in a file and in the destination, as one."""
-    out: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: p.start):
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and isinstance(piece.source, Span)
-            and isinstance(last.source, Span)
-            and last.source.file is piece.source.file
-            and last.start + last.nbytes == piece.start
-            and last.source.offset + last.nbytes == piece.source.offset
-        ):
-            span = replace(last.source, nbytes=last.nbytes + piece.nbytes)
-            out[-1] = Piece(last.start, span.nbytes, span)
-        elif piece.nbytes:
-            out.append(piece)
-    return out
-
-
-# -- order of copies and computation ---------------------------------------------------------------------
-
-
-class NoStreams:
-    """Compute on the CPU (or on an accelerator that can't copy beside computing): done when the call returns."""
-
-    def mark(self) -> Any:
-        return None
-
-    def wait(self, event: Any) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
-
-    def drain(self) -> None:
-        pass
-
-    def copy(self, buffer: Tensor, pieces: list[Piece], strays: list[Any], after: list[Any], fill: Any) -> Any:
-        if pieces and buffer.device.type == "cpu":
-            first, last = pieces[0].start, pieces[-1].start + pieces[-1].nbytes
-            fill(memoryview(buffer.numpy())[first:last], pieces, first, last)
-        elif pieces:  # an accelerator without streams of its own
-            for piece in pieces:
-                start, stop = piece.start, piece.start + piece.nbytes
-                host = torch.empty(piece.nbytes, dtype=torch.uint8)
-                fill(memoryview(host.numpy()), [piece], start, stop)
-                buffer[start:stop].copy_(host)
-        for target, source in strays:
-            target.copy_(source)
-        return None
-
-
-class CudaStreams:
-    """A copy stream, and two pinned chunks that pageable memory and files pass through."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.api: Any = getattr(torch, device.type)
-        self._copy: Any = None
-        self._chunks: list[tuple[Tensor, Any]] = []
-        self._lock = threading.Lock()
-        self.pinned = 0  # bytes
-
-    def mark(self) -> Any:
-        """An event after everything queued on the compute stream so far."""
-        event = self.api.Event()
-        event.record(self.api.current_stream(self.device))
-        return event
-
-    def wait(self, event: Any) -> None:
-        self.api.current_stream(self.device).wait_event(event)
-
-    def drain(self) -> None:
-        """Wait until nothing is being copied."""
-        if self._copy is not None:
-            self._copy.synchronize()
-
-    def release(self) -> None:
-        with self._lock:
-            for _, event in self._chunks:
-                if event is not None:
-                    event.synchronize()
-            self._chunks, self.pinned = [], 0
-
-    def copy(self, buffer: Tensor, pieces: list[Piece], strays: list[Any], after: list[Any], fill: Any) -> Any:
-        if self._copy is None:
-            self._copy = self.api.Stream(self.device)
-        with self.api.device(self.device), self.api.stream(self._copy):
-            for event in after:
-                if event is not None:
-                    self._copy.wait_event(event)
-            paged = []
-            for piece in pieces:
-                if isinstance(piece.source, Tensor) and piece.source.is_pinned():
-                    target = buffer[piece.start : piece.start + piece.nbytes]
-                    target.copy_(piece.source, non_blocking=True)
-                else:
-                    paged.append(piece)
-            self._through_chunks(buffer, paged, fill)
-            for target, source in strays:
-                target.copy_(source)
-            done = self.api.Event()
-            done.record(self._copy)
-        return done
-
-    def _through_chunks(self, buffer: Tensor, pieces: list[Piece], fill: Any) -> None:
-        if not pieces:
-            return
-        at, end = pieces[0].start, pieces[-1].start + pieces[-1].nbytes
-        while at < end:
-            stop = min(at + CHUNK, end)
-            todo = [p for p in pieces if p.start < stop and p.start + p.nbytes > at]
-            if todo:
-                with self._lock:  # what is needed at once is fetched beside what is fetched ahead
-                    self._one_chunk(buffer, todo, at, stop, fill)
-            at = stop
-
-    def _one_chunk(self, buffer: Tensor, todo: list[Piece], at: int, stop: int, fill: Any) -> None:
-        if len(self._chunks) < 2:
-            self._chunks.append((pinned_bytes(CHUNK), None))
-            self.pinned += CHUNK
-        chunk, event = self._chunks.pop(0)  # the one whose copy was queued first
-        if event is not None:
-            event.synchronize()
-        try:
-            fill(memoryview(chunk.numpy())[: stop - at], todo, at, stop)
-        except BaseException:
-            self._chunks.append((chunk, None))
-            raise
-        for p in todo:
-            a, b = max(p.start, at), min(p.start + p.nbytes, stop)
-            buffer[a:b].copy_(chunk[a - at : b - at], non_blocking=True)
-        mark = self.api.Event()
-        mark.record(self._copy)
-        self._chunks.append((chunk, mark))
-
-
-def pinned_bytes(nbytes: int) -> Tensor:
-    """Page-locked memory of exactly ``nbytes``; torch's own allocator would round up to a power of two."""
-    pages, buffer = host_pages(max(nbytes, 1))
-    if torch.cuda.is_available():
-        address = buffer.data_ptr()
-        code = int(torch.cuda.cudart().cudaHostRegister(address, buffer.numel(), 0))
-        if code != 0:
-            raise MemoryError(
-                f"the system would not pin {nbytes} bytes of host memory (CUDA error {code}); "
-                f"use low_cpu_mem_usage=True, which pins a small buffer only"
-            )
-        weakref.finalize(pages, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
-    return buffer
-
-
-def streams_of(device: torch.device) -> Any:
-    return CudaStreams(device) if device.type in ("cuda", "xpu") else NoStreams()
 
 
 _lanes: dict[torch.device, Lane] = {}

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.errors import PlanConflict
+from .arena import tensors_in
 from .compiling import set_eval_frame, skip_code
+from .trees import mapped
 
 if TYPE_CHECKING:
     from .engine import Engine, Unit
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 MISS = object()  # what a table says that has no answer
 ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")  # methods that start work without a call
+
+
+class StandsIn:
+    """Base of what is in front of a module instead of a lender while its calls are only rehearsed."""
 
 
 class Lender:
@@ -125,6 +131,11 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     )
 
 
+def is_rehearsed(module: nn.Module) -> bool:
+    """Whether a call of ``module`` would only be rehearsed."""
+    return isinstance(module.__dict__.get("_compiled_call_impl"), StandsIn)
+
+
 def has_compiled_forward(module: nn.Module) -> bool:
     """``module.forward = torch.compile(module.forward)``."""
     return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
@@ -181,22 +192,9 @@ def _method(name: str, module: nn.Module) -> types.MethodType:
 
 def move(value: Any, device: torch.device) -> Any:
     """``value`` with the tensors in it on ``device``; itself where there is nothing to move."""
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device)
-    if isinstance(value, (tuple, list)):
-        moved = [move(item, device) for item in value]
-        if all(a is b for a, b in zip(moved, value, strict=True)):
-            return value
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-    if isinstance(value, dict):
-        moved_items = {k: move(v, device) for k, v in value.items()}
-        if all(moved_items[k] is v for k, v in value.items()):
-            return value
-        return type(value)(moved_items)
-    return value
+    return mapped(value, lambda tensor: tensor if tensor.device == device else tensor.to(device))
 
 
 def first_device(args: Any, kwargs: Any) -> torch.device | None:
-    from .arena import tensors_in
-
+    """Where the first tensor among the arguments of a call is."""
     return next((t.device for t in tensors_in([args, kwargs])), None)

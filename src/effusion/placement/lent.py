@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,19 +42,3 @@ def lend(tensor: Tensor, rest: Tensor) -> Tensor:
 def writes_unseen(slot: Slot) -> bool:
     """Batch norm changes its statistics in a kernel that counts no versions."""
     return slot.is_buffer and slot.module.training and isinstance(slot.module, nn.modules.batchnorm._NormBase)
-
-
-def copied(value: Any, which: Callable[[Tensor], bool]) -> Any:
-    """The output ``value`` of a module, with the tensors that ``which`` chooses copied."""
-    if isinstance(value, Tensor):
-        return value.clone() if which(value) else value
-    if isinstance(value, (tuple, list)):
-        items: Sequence[Any] = [copied(item, which) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        for key, item in list(value.items()):
-            value[key] = copied(item, which)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            object.__setattr__(value, name, copied(getattr(value, name, None), which))
-    return value

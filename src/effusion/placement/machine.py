@@ -1,19 +1,12 @@
-"""What this machine has: memory that is free (limits of containers included), devices, rates."""
+"""What this machine has: memory that is free (limits of containers included), devices."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-
-from ..core.files import write_atomically
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number where there is no limit
 
@@ -179,106 +172,7 @@ def _statistic(path: Path, name: str) -> int:
     return 0
 
 
-# -- rates ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast this machine is, measured once: bytes or floating-point operations per second."""
-
-    device: str
-    matmul: dict[str, float]  # dtype -> flop/s
-    memory: float  # bytes/s read and written by the compute device
-    host_to_device: float  # bytes/s
-    disk: float  # bytes/s, cold reads of the temporary folder's disk
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("EFFUSION_CACHE", Path.home() / ".cache" / "effusion"))
-
-
-def rates(device: torch.device | str | None = None, fresh: bool = False) -> Rates:
-    """The rates of ``device``, measured in about a second and cached in the user's cache folder."""
-    where = default_device(device=device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type}-{os.cpu_count()}"
-    threads = torch.get_num_threads() if where.type == "cpu" else 0
-    file = cache_folder() / f"rates-{name.replace(' ', '_')}-{threads}-{torch.__version__}.json".replace("/", "_")
-    if not fresh and file.exists():
-        try:
-            return Rates(**json.loads(file.read_text()))
-        except (ValueError, TypeError):  # another version's file
-            pass
-    found = _measure(where)
-    if file.exists():  # a busy machine measures too little; what it could once is what it can
-        with contextlib.suppress(ValueError, TypeError):
-            found = _best(found, Rates(**json.loads(file.read_text())))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(found.to_dict(), indent=1).encode())
-    except OSError:  # a cache that can't be written costs a second next time
-        pass
-    return found
-
-
-def _best(a: Rates, b: Rates) -> Rates:
-    matmul = {dtype: max(rate, b.matmul.get(dtype, 0.0)) for dtype, rate in a.matmul.items()}
-    others = (max(a.memory, b.memory), max(a.host_to_device, b.host_to_device), max(a.disk, b.disk))
-    return Rates(a.device, matmul, *others)
-
-
-def _measure(device: torch.device) -> Rates:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    matmul = {str(dtype).removeprefix("torch."): _matmul_rate(device, dtype) for dtype in dtypes}
-    block = torch.ones((256 if device.type != "cpu" else 32) << 20, dtype=torch.uint8, device=device)
-    memory = 2 * block.numel() / _seconds(lambda: block.clone(), device)
-    host = memory / 2
-    if device.type != "cpu":
-        source = torch.ones(64 << 20, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        host = source.numel() / _seconds(lambda: block[: source.numel()].copy_(source, non_blocking=True), device)
-    return Rates(str(device), matmul, memory, host, _disk_rate())
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """flop/s of square products: of large ones, unless a small one says that these would take too long."""
-    rate = 0.0
-    for size in (512, 1536) if device.type == "cpu" else (4096,):
-        if rate and 2 * size**3 / rate > 0.2:
-            break
-        a = torch.ones(size, size, device=device, dtype=dtype)
-        rate = max(rate, 2 * size**3 / _seconds(lambda a=a: a @ a, device))
-    return rate
-
-
-def _seconds(work: object, device: torch.device, budget: float = 0.1) -> float:
-    """Best time of one run of ``work`` within about ``budget`` seconds."""
-    assert callable(work)
-    sync: Any = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    best, start, runs = float("inf"), time.perf_counter(), 0
-    while runs < 3 or time.perf_counter() - start < budget:
-        sync()
-        t = time.perf_counter()
-        work()
-        sync()
-        best, runs = min(best, time.perf_counter() - t), runs + 1
-    return best
-
-
-def _disk_rate(size: int = 64 << 20) -> float:
-    """Bytes/s of reading a file whose pages were dropped from the cache first."""
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        file.write(os.urandom(1 << 20) * (size >> 20))
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        buffer = bytearray(8 << 20)
-        start = time.perf_counter()
-        while file.readinto(buffer):
-            pass
-        return size / (time.perf_counter() - start)
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what was asked of it."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

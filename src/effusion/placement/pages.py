@@ -18,6 +18,7 @@ from .machine import available_ram
 _DIRECT = 128 << 10  # bytes from which memory comes from the system
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's settings
 _MAPPED = 2  # glibc's mark in front of memory that came from the system directly
+_exact: list[bool] = []  # not empty within `exact`
 _LARGEST = 32 << 20  # the largest threshold that glibc chooses by itself
 
 
@@ -31,11 +32,12 @@ def _libc() -> ctypes.CDLL | None:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Within it, memory that is freed goes back to the system at once."""
+    """Within it, memory that is freed goes back to the system at once; one inside of another changes nothing."""
     libc = _libc()
-    if libc is None:
+    if libc is None or _exact:
         yield
         return
+    _exact.append(True)
     libc.malloc_trim(0)
     libc.mallopt(_MMAP_THRESHOLD, _DIRECT)
     libc.mallopt(_TRIM_THRESHOLD, 1 << 20)
@@ -43,6 +45,7 @@ def exact() -> Iterator[None]:
     try:
         yield
     finally:
+        _exact.clear()
         for gap in gaps:
             libc.free(gap)
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST)

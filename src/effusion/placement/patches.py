@@ -28,13 +28,23 @@ class LowRank:
 
     def __call__(self, weight: Tensor, scale: float) -> Tensor:
         up, down = self._on(weight.device)
-        delta = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape)
-        return torch.add(weight.float(), delta, alpha=scale).to(weight.dtype)
+        return _added(weight, (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape), scale)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Both on ``device``, where copies stay until :meth:`settle`."""
+        if self.up.device == device == self.down.device:
+            return self.up, self.down
         if device not in self._there:
             self._there[device] = self.up.to(device), self.down.to(device)
         return self._there[device]
+
+    def settle(self) -> None:
+        """Leave nothing on other devices."""
+        self._there.clear()
+
+    def nbytes(self, device: torch.device) -> int:
+        """Bytes of the copies on ``device``."""
+        return sum(t.nbytes for t in (self.up, self.down) if t.device != device)
 
 
 Delta = Callable[[Tensor, float], Tensor]  # (weight, scale) -> patched weight, a new tensor
@@ -46,6 +56,16 @@ class Patch:
 
     deltas: Mapping[str, Delta]  # qualified parameter name -> delta
     scale: float = 1.0
+
+    def settle(self) -> None:
+        """No call is going on: nothing has to stay on a compute device."""
+        for delta in self.deltas.values():
+            if isinstance(delta, LowRank):
+                delta.settle()
+
+    def nbytes(self, device: torch.device) -> int:
+        """Bytes of the deltas that stay on ``device`` during a call of the pipeline."""
+        return sum(delta.nbytes(device) for delta in self.deltas.values() if isinstance(delta, LowRank))
 
 
 def add_patch(module: nn.Module, name: str, deltas: Mapping[str, Delta | Tensor], scale: float = 1.0) -> None:
@@ -102,7 +122,12 @@ class _Full:
     tensor: Tensor
 
     def __call__(self, weight: Tensor, scale: float) -> Tensor:
-        return torch.add(weight.float(), self.tensor.to(weight.device).float(), alpha=scale).to(weight.dtype)
+        return _added(weight, self.tensor.to(weight.device, torch.float32), scale)
+
+
+def _added(weight: Tensor, delta: Tensor, scale: float) -> Tensor:
+    """``weight + scale * delta`` in float32, as what ``weight`` is; beside these two tensors of float32 at most."""
+    return weight.to(torch.float32, copy=True).add_(delta, alpha=scale).to(weight.dtype)
 
 
 class _Applied:

@@ -12,6 +12,7 @@ from . import casting, machine, planner
 from .expectation import Expectation, expect
 from .forecast import Part, Speed
 from .plan import STORED, size_text
+from .rates import rates as rates_of
 from .sources import Mappings
 
 QUALITIES = ("exact", "near", "lossy")
@@ -139,18 +140,17 @@ class Choices:
             return ""
         return f"; at {half['width']}x{half['height']} pixels it is {size_text(need)}"
 
-    def speed(self, parts: Sequence[Part], memory: int) -> Speed:
-        """Rates for the dtype of the largest network; weights come out of the system's cache if that can hold them."""
-        rates = machine.rates(self.device)
+    def speed(self, parts: Sequence[Part], memory: int, ram: int) -> Speed:
+        """Rates for the dtype of the largest network; weights come out of the system's cache if that can hold them, or,
+        on their way to an accelerator, out of ``ram`` if that does."""
+        rates = rates_of(self.device)
         largest = max(self.networks.values(), key=lambda m: sum(p.nbytes for p in m.parameters()), default=None)
         dtype = casting.compute_dtype(largest) if largest is not None else None
         if dtype is None and largest is not None:
             dtype = next((p.dtype for p in largest.parameters()), None)
-        if self.device.type != "cpu":
-            stream = rates.host_to_device
-        else:
-            cached = sum(p.nbytes for p in parts) < machine.available_ram() - memory
-            stream = rates.host_to_device if cached else rates.disk
+        total, stream = sum(p.nbytes for p in parts), rates.host_to_device
+        if total >= (machine.available_ram() - memory if self.device.type == "cpu" else ram):
+            stream = min(stream, rates.disk)
         return Speed.of(rates, str(dtype or torch.float32).removeprefix("torch."), stream)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +21,8 @@ from .plan import Plan, parse_size
 from .recorder import Recorder
 from .report import MemoryReport
 from .rescue import Rescue
-from .sources import Mappings, give_back_pages, set_apart
-from .units import Group, by_block, by_leaf
+from .sources import Mappings, give_back_pages, join, set_apart
+from .units import Group, all_slots, by_block, by_leaf
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="PlanSwitches")
@@ -40,8 +41,16 @@ class PlanSwitches:
 
     def _unplan(self) -> None:
         """Another policy is set: no plan is in force any more."""
+        self._rejoin()
         self._cast(None)
         self._end_plan()
+
+    def _rejoin(self) -> None:
+        """Areas of mapped files that the plan in force has set apart are read as ever again."""
+        if "_plan" in self.__dict__:
+            mappings = Mappings()
+            slots = [slot for module in self._networks().values() for slot in all_slots(module)]
+            join(slot.tensor for slot in slots if mappings.span(slot.tensor) is not None)
 
     def _end_plan(self) -> None:
         before = self.__dict__.pop("_plan", None)
@@ -116,7 +125,7 @@ class PlanSwitches:
         found: list[Plan] = []
         refused: BudgetError | None = None
         for switches, parts in choices.ways(quality):
-            speed = choices.speed(parts, budget)
+            speed = choices.speed(parts, budget, host)
             try:
                 made = planner.plan(parts, budget, host, str(where), speed, quality)
             except BudgetError as error:
@@ -139,11 +148,15 @@ class PlanSwitches:
 
         Raises:
             PlanConflict: it is for other components, or weights of the disk are in no file.
+            ValueError: it is for a device that is not there.
         """
         networks = self._networks()
         unknown = sorted({row.component for row in plan.rows} - set(networks))
         if unknown:
             raise PlanConflict(f"the plan has rows for {unknown}; this pipeline's networks are {sorted(networks)}")
+        rows = tuple(replace(row, device=str(machine.check_device(row.device))) for row in plan.rows)
+        plan = plan.replace(rows=rows)
+        self._rejoin()
         notes = self._cast(plan)
         for name in networks:
             if plan.of(name):
@@ -181,9 +194,11 @@ class PlanSwitches:
             return
         plan = self._follow(plan, inputs)
         recorder = Recorder(self._networks(), plan)
-        with pages.exact() if plan.switches.get("exact_pages") else _nothing(), recorder.running():
-            yield recorder
-        self.__dict__["_memory_report"] = recorder.report()
+        try:
+            with pages.exact() if plan.switches.get("exact_pages") else _nothing(), recorder.running():
+                yield recorder
+        finally:
+            self.__dict__["_memory_report"] = recorder.report()
         call, kernels = self.__dict__.get("_kernels", (None, ()))
         if call == plan.call:
             workspaces.compiled(kernels)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..core.errors import BudgetError
-from .forecast import Option, Part, Piece, Speed, seconds, stage
+from .forecast import Option, Part, Speed, seconds, stage
 from .plan import Plan, Row, size_text
+from .sizes import Piece
 
 MANY = 5  # components up to which every choice of those that stay for good is tried
 

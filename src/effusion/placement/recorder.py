@@ -1,7 +1,7 @@
-"""What a run under a plan holds: stage by stage, and over time.
+"""What a run under a plan holds: stage by stage, and over time, above what was there before the call.
 
-On CUDA the allocator is asked; on the CPU the process: memory of its own and pages of mapped files, above what it
-held before the call. Stages follow one another as components are called.
+Stages follow one another as components are called. What else the device holds, another pipeline's weights say, does not
+count; what a run inside of this one (in a callback) holds counts for the stage that it is in.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from . import pages
 from .engine import Engine, engine_of
 from .lane import lane_to
 from .lender import compiled_call
+from .meter import meter_of
 from .plan import Plan
 from .report import Measured, MemoryReport, Sample
 from .rooms import room_on
-from .sources import present_bytes
 from .units import all_slots, called_children
 
 INTERVAL = 0.01  # seconds between samples; doubled whenever there are too many
 MANY = 4000
+_running: list[Recorder] = []  # one inside of the other
 
 
 class Recorder:
@@ -39,9 +40,11 @@ class Recorder:
         self.samples: list[Sample] = []
         self.steps: list[float] = []  # seconds since the start at which steps ended
         self.notes: list[str] = []
+        self._meter = meter_of(self.device)
         self._measured: dict[str, Measured] = {}
         self._now: tuple[str, float] | None = None  # the stage that runs, and since when
-        self._start = self._base = self._transferred = 0.0
+        self._start = self._transferred = 0.0
+        self._base = 0  # bytes that were held before and are not of this pipeline
         self._over = threading.Event()
 
     def note(self, text: str) -> None:
@@ -50,29 +53,38 @@ class Recorder:
 
     def step(self) -> None:
         """A step of the loop has ended."""
+        self._meter.synchronize()
         self.steps.append(time.perf_counter() - self._start)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it everything is measured."""
-        self._base = self._level() - self._there_already()
+        self._meter.synchronize()
+        self._base = max(self._meter.level() - self._there_already(), 0)
         self._transferred = lane_to(self.device).transferred
         self._start = time.perf_counter()
         hooks = [h for name, module in self.networks.items() for h in self._hooks(name, module)]
         room = room_on(self.device)
-        room.told = self._enters
+        told, room.told = room.told, self._enters
         sampler = threading.Thread(target=self._sample, name="effusion-memory", daemon=True)
         sampler.start()
+        _running.append(self)
         try:
             yield
+        except BaseException as error:
+            self.note(f"the run ended early: {type(error).__name__}")
+            raise
         finally:
-            room.told = None
+            room.told = told
             self._enter(None)
+            _running.remove(self)
             self._over.set()
             sampler.join()
             for hook in hooks:
                 hook.remove()
             pages.warmed()
+            if self._meter.flaw is not None:
+                self.note(self._meter.flaw)
 
     def report(self) -> MemoryReport:
         """What was measured, beside what was predicted."""
@@ -100,48 +112,45 @@ class Recorder:
         return [m.register_forward_pre_hook(begin) for m in places if compiled_call(m) is None]
 
     def _enters(self, engine: Engine) -> None:
-        if self._now is None or self._now[0] != engine.name:
+        own = any(engine.root is module for module in self.networks.values())
+        if own and (self._now is None or self._now[0] != engine.name):
             self._enter(engine.name)
 
     def _enter(self, name: str | None) -> None:
+        self._meter.synchronize()
         now = time.perf_counter()
+        together = [r for r in _running if r.device == self.device]
+        for recorder in together:  # the peak will be forgotten for all of them
+            recorder._absorb()
         if self._now is not None:
             stage, since = self._now
-            known = self._measured.get(stage, Measured())
-            self._measured[stage] = Measured(max(known.peak, self._peak()), known.seconds + now - since)
+            known = self._measured[stage]
+            self._measured[stage] = Measured(known.peak, known.seconds + now - since)
         self._now = (name, now) if name is not None else None
         if self.plan.switches.get("exact_pages"):
             pages.trim()
-        self._forget()
+        for recorder in together:
+            recorder._meter.forget()
+
+    def _absorb(self) -> None:
+        """Take the peak so far over into what is known of the stage that runs."""
+        if self._now is not None:
+            known = self._measured.get(self._now[0], Measured())
+            peak = max(self._meter.peak() - self._base, known.peak, 0)
+            self._measured[self._now[0]] = Measured(peak, known.seconds)
 
     # -- readings ------------------------------------------------------------------------------------
 
-    def _level(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else pages.held()
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return max(pages.peak() - int(self._base), 0)
-
-    def _forget(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            pages.forget_peak()
-
     def _there_already(self) -> int:
         """Bytes of weights that the plan counts and that are in memory before the call."""
-        if self.device.type == "cuda":
-            return self._level()
         tensors = {id(s.tensor): s.tensor for m in self.networks.values() for s in all_slots(m)}
-        return sum(present_bytes(t) for t in tensors.values())
+        return sum(map(self._meter.there, tensors.values()))
 
     def _sample(self) -> None:
         interval = INTERVAL
         while not self._over.wait(interval):
             stage = self._now[0] if self._now is not None else ""
-            level = max(self._level() - int(self._base), 0)
+            level = max(self._meter.level() - self._base, 0)
             moved = int(lane_to(self.device).transferred - self._transferred)
             self.samples.append(Sample(time.perf_counter() - self._start, level, stage, moved))
             if len(self.samples) >= MANY:

@@ -7,7 +7,7 @@ of its kind was, its call is not carried out: it gives empty tensors and counts 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class Unlike(Exception):
 
 
 class Counts(Protocol):
-    """What is counted during a rehearsal, see :class:`.rehearsal.Alive`."""
+    """What is counted during a rehearsal, see :class:`.alive.Alive`."""
 
     now: int
     peak: int
@@ -34,6 +34,8 @@ class Counts(Protocol):
     flops: float
     moved: float
     touched: dict[str, int]
+
+    def taken(self, nbytes: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Twin:
             c.peak, c.workspace, c.flops, c.moved, c.touched = outer
             self._add(Share(self.path, *counted, None), before)
         try:
-            made, nbytes = _fresh(out, [args, kwargs])
+            made, nbytes = _fresh(out, [args, kwargs], c.taken)
         except Unlike:
             nbytes = -1
         kept = nbytes == c.now - before  # else something stays behind in the block, or went
@@ -174,8 +176,8 @@ def _form(value: Any) -> Any:
     raise Unlike
 
 
-def _fresh(out: Any, given: Any) -> tuple[Any, int]:
-    """``out`` with a :class:`Fresh` for each tensor, and the bytes of their storages.
+def _fresh(out: Any, given: Any, taken: Callable[[int], int]) -> tuple[Any, int]:
+    """``out`` with a :class:`Fresh` for each tensor, and the bytes that their storages have ``taken``.
 
     Raises:
         Unlike: it is something else than tensors in tuples, or memory of what was given.
@@ -195,7 +197,7 @@ def _fresh(out: Any, given: Any) -> tuple[Any, int]:
         storage = value.untyped_storage()
         if storage._cdata not in storages:
             storages[storage._cdata] = len(storages)
-            nbytes += storage.nbytes()
+            nbytes += taken(storage.nbytes())
         place = tuple(value.shape), value.stride(), int(value.storage_offset())
         return Fresh(storages[storage._cdata], storage.nbytes(), *place, value.dtype, value.device)
 

@@ -19,13 +19,13 @@ from torch import nn
 from ..core import log
 from ..core.errors import BudgetError, PlanConflict
 from . import homes
+from .exhausted import is_out_of_memory
 from .lane import version
 from .plan import Plan, Row
 from .units import by_block, by_leaf
 
 logger = log.get_logger(__name__)
 Result = TypeVar("Result")
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, BudgetError)
 _CONTAINERS = (list, dict, set)
 
 
@@ -86,13 +86,15 @@ class Rescue:
         """``work()``, named ``what``, which changes nothing but ``objects`` and generators.
 
         Raises:
-            torch.OutOfMemoryError, MemoryError, BudgetError: it does not fit with the leanest plan either.
+            torch.OutOfMemoryError, MemoryError, BudgetError, …: it does not fit with the leanest plan either.
         """
         kept = Kept(objects, self._device)
         while True:
             try:
                 return work()
-            except OUT_OF_MEMORY as error:
+            except Exception as error:
+                if not (isinstance(error, BudgetError) or is_out_of_memory(error)):
+                    raise
                 step = next(self._leaner, None) if kept.restore() else None
                 if step is None:
                     raise

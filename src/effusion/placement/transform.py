@@ -59,6 +59,15 @@ class Transform:
             return value
         return nn.Parameter(value, requires_grad=False)
 
+    def like(self, name: str, rest: Tensor) -> Tensor:
+        """What :meth:`apply` gives, without values."""
+        if name in self.codecs and rest.dtype == torch.uint8:
+            codec, dtype = self.codecs[name]
+            return torch.empty(codec.shape, dtype=dtype, device="meta")
+        storage, compute = self.casts.get(name, (rest.dtype, rest.dtype))
+        dtype = compute if rest.dtype == storage else rest.dtype
+        return torch.empty_strided(rest.shape, rest.stride(), dtype=dtype, device="meta")
+
     def exit(self) -> None:
         with lock:
             self.depth -= 1

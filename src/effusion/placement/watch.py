@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from . import homes
 from . import lender as lending
 from .arena import tensors_in
+from .asides import as_it_was
 from .calls import Call
 from .engine import Engine, Unit, engine_of
-from .foresight import Foresight, Known, Unforeseen, mapped, shape_of
+from .foresight import Foresight, Known, Unforeseen, shape_of
 from .lane import Cargo, lane_to
 from .plan import Row
 from .sources import is_dense
+from .trees import mapped
 from .units import Slot, all_slots, is_called
 
 Form = tuple[Any, ...]
@@ -33,7 +35,7 @@ class Answer:
 
     def of(self, index: int) -> Any:
         """A copy of the output in call ``index`` of the network."""
-        return _copy(self.out, index)
+        return mapped(self.out, lambda t: (t.parts[index] if isinstance(t, Known) else t).clone())
 
 
 @dataclass(eq=False)
@@ -100,19 +102,11 @@ class Lent:
 
     def like(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._likes:
-            self._likes[id(tensor)] = self._like(tensor)
+            slot = self._slots[id(tensor)]
+            transform = self.engine.transforms.get(slot.module)
+            made = shape_of(tensor) if transform is None else transform.like(slot.name, tensor)
+            self._likes[id(tensor)] = made
         return self._likes[id(tensor)]
-
-    def _like(self, tensor: Tensor) -> Tensor:
-        slot = self._slots[id(tensor)]
-        transform = self.engine.transforms.get(slot.module)
-        if transform is not None and slot.name in transform.codecs and tensor.dtype == torch.uint8:
-            codec, dtype = transform.codecs[slot.name]
-            return torch.empty(codec.shape, dtype=dtype, device="meta")
-        made = shape_of(tensor)
-        if transform is not None and slot.name in transform.casts and tensor.dtype == transform.casts[slot.name][0]:
-            made = made.to(transform.casts[slot.name][1])
-        return made
 
     def note(self, tensor: Tensor) -> None:
         """A weight that is used while its module is not being called can't be left out with that module."""
@@ -230,23 +224,15 @@ def bare(engine: Engine) -> Iterator[None]:
     served = bool(engine._hooked)
     engine.settle()
     engine.uninstall()
-    kept = [(m, dict(m.__dict__)) for m in engine.root.modules()]
-    stores = [(m, dict(m._parameters), dict(m._buffers)) for m, _ in kept]
     try:
-        for module, attributes in kept:
-            module.__dict__.pop("_compiled_call_impl", None)
-            if lending.has_compiled_forward(module):
-                module.__dict__["forward"] = attributes["forward"]._torchdynamo_orig_callable
-        yield
+        with as_it_was(engine.root):
+            for module in engine.root.modules():
+                compiled = lending.has_compiled_forward(module)
+                module.__dict__.pop("_compiled_call_impl", None)
+                if compiled:
+                    module.__dict__["forward"] = module.__dict__["forward"]._torchdynamo_orig_callable
+            yield
     finally:
-        for module, attributes in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for module, parameters, buffers in stores:
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
         if served:
             engine.install()
 
@@ -261,7 +247,7 @@ def outline(engine: Engine, root: Node, call: Call, lent: Lent) -> Any:
         with bare(engine), torch.no_grad():
             for slot in root.slots:
                 slot.store[slot.name] = lent.like(slot.tensor)
-            args, kwargs = mapped(call, lambda t: t if t.is_meta else shape_of(t), to_meta=False)
+            args, kwargs = mapped(call, lambda t: t if t.is_meta else shape_of(t))
             return root.module._call_impl(*args, **kwargs)  # type: ignore[misc]
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise Unforeseen(str(error)) from error
@@ -307,14 +293,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_plain, value.values()))
     return value is None or isinstance(value, (Tensor, int, float, bool, str, torch.dtype, torch.device))
-
-
-def _copy(value: Any, index: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.parts[index].clone() if isinstance(value, Known) else value.clone()
-    if isinstance(value, (tuple, list)):
-        items = [_copy(item, index) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {k: _copy(v, index) for k, v in value.items()}
-    return value

@@ -1,8 +1,9 @@
-"""Memory that operators take on the CPU for the time of a call, beside what they return.
+"""Memory that operators take for the time of a call, beside what they return; on the CPU first.
 
 Convolutions run in oneDNN's blocked layouts: operands are copied into blocks of sixteen channels and the result is
 copied back, so that for a moment there are two of each. Attention works through tiles, one set per thread. The
-figures were measured operator by operator (``benchmarks/forecast.py --operators``) and follow from sizes alone.
+figures were measured operator by operator (``benchmarks/forecast.py --operators``) and follow from sizes alone. For
+accelerators there are bounds that were not measured (:func:`accelerated`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 _BLOCK = 16  # channels
 _TILE = (256, 512)  # queries, keys per tile of attention
+_PARTIAL = 9 << 20  # bytes of partial results: float32 tiles of 128 x 128 for each of 132 multiprocessors
 _SMALL = 20_480  # elements of one picture below which convolutions run without oneDNN
 
 
@@ -57,6 +59,24 @@ def workspace(name: str, args: tuple[Any, ...], out: Any) -> int:
     return 0
 
 
+def accelerated(name: str, args: tuple[Any, ...], out: Any) -> int:
+    """The same on an accelerator, as an upper bound: nothing says what cuDNN will choose.
+
+    Its convolutions on tensor cores compute with channels last. Pictures that lie in planes are turned on the way in and
+    out, with channels in whole groups of eight; of weights PyTorch itself makes a turned copy. Attention adds up partial
+    results of keys that were shared out to multiprocessors, and in float32 where heads are wider than 128 numbers.
+    """
+    if name.startswith("aten.convolution") and isinstance(out, Tensor):
+        x, weight = args[0], args[1]
+        turned = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        moved = min(4 * out.numel(), _PARTIAL) if turned else _blocked(x, group=8) + _blocked(out, group=8)
+        return moved + _blocked(weight, 2, group=8)
+    if "scaled_dot_product" in name and isinstance(args[0], Tensor):
+        wide = args[0].shape[-1] > 128
+        return _PARTIAL + (4 * args[0].numel() if wide else 0)
+    return 0
+
+
 def _convolution(x: Tensor, weight: Tensor, stride: Any, transposed: bool, out: Tensor) -> int:
     """Blocked input, weights and result live together; then the blocked result and the plain one."""
     kernel = prod(weight.shape[2:])
@@ -80,11 +100,11 @@ def _in_blocks(x: Tensor, weight: Tensor, stride: Any, transposed: bool) -> bool
     return spread and (min(kernel) > 3 or x.shape[0] > 1 or x.numel() > _SMALL)
 
 
-def _blocked(tensor: Tensor, channel_dims: int = 1) -> int:
+def _blocked(tensor: Tensor, channel_dims: int = 1, group: int = _BLOCK) -> int:
     """Bytes of ``tensor`` with its channels filled up to whole blocks: dimension 1, or 0 and 1 of weights."""
     shape = list(tensor.shape)
     for dim in (1,) if channel_dims == 1 else (0, 1):
-        shape[dim] = -(-shape[dim] // _BLOCK) * _BLOCK
+        shape[dim] = -(-shape[dim] // group) * group
     return prod(shape) * tensor.itemsize
 
 

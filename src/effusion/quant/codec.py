@@ -28,6 +28,9 @@ class Codec(Protocol):
     def decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in ``dtype``, a new tensor on the device of ``packed``."""
 
+    def spare(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes that decoding into ``dtype`` on ``device`` takes beside the bytes and the weight."""
+
     @property
     def uniform(self) -> bool:
         """Whether rows of bytes are rows of values and all are unpacked alike, so that they can change places."""
@@ -66,6 +69,9 @@ class ScaledFloat:
     def decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         values = memory.empty(self.shape, torch.float32, packed.device).copy_(packed.view(self.stored).view(self.shape))
         return values.mul_(self._factor.to(values.device)).to(dtype)
+
+    def spare(self, dtype: torch.dtype, device: torch.device) -> int:
+        return 4 * prod(self.shape) if dtype != torch.float32 else 0
 
     def rows(self, start: int, count: int) -> ScaledFloat:
         def part() -> Tensor:

@@ -193,6 +193,12 @@ class GGML:
                 target.copy_(piece)
         return out.view(self.shape)
 
+    def spare(self, dtype: torch.dtype, device: torch.device) -> int:
+        """What is unpacked at once, in float32 where that is not wanted; and its bits by themselves, a byte for each number."""
+        count = prod(self.shape)
+        piece = min(count, _PIECE) if device.type == "cpu" and self.kind in DECODERS else count
+        return (0 if dtype == torch.float32 else 4 * piece) + piece
+
     @property
     def label(self) -> str:
         name: str = require("gguf", "reading GGUF files").GGMLQuantizationType(self.kind).name
