@@ -279,12 +279,12 @@ def test_where_no_cache_can_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 from pathlib import Path
 from effusion.weights.checkpoint import open_file
 import torch
-for i in range(3):
+for i in range(2):
     open_file(Path({str(tmp_path / "f.bin")!r}))
     torch.save({{"a": torch.ones(i + 3)}}, {str(tmp_path / "g.bin")!r})
     open_file(Path({str(tmp_path / "g.bin")!r}))
 found = [len(list(p.iterdir())) for p in Path({str(tmp_path / "tmp")!r}).glob("effusion-converted-*")]
-assert len(found) == 1 and 2 <= found[0] <= 4, found
+assert len(found) == 1 and found[0] == 3, found
 """
     env = {**os.environ, "EFFUSION_CACHE": str(tmp_path / "file" / "x"), "TMPDIR": str(tmp_path / "tmp")}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=200)
