@@ -76,7 +76,7 @@ def candidates(pipe: Any, call: dict[str, Any], budget: int) -> Iterator[tuple[s
     """Every way within ``budget``, by name."""
     from effusion.placement import planner
 
-    choices = _choices(pipe, call)
+    choices, asked = _choices(pipe, call), pipe.plan(budget, **call).call
     for switches, parts in choices.ways("exact"):
         speed = choices.speed(parts, budget)
         for level, ahead in (("component", 0), ("block", 1), ("block", 0), ("leaf", 1), ("leaf", 0)):
@@ -85,7 +85,7 @@ def candidates(pipe: Any, call: dict[str, Any], budget: int) -> Iterator[tuple[s
                 continue
             made = planner.build(parts, planner.Choice((False,) * len(parts), tuple(chosen), 0), budget, None, "cpu")
             name = f"{level}, {ahead} ahead{', hoisted' if switches.get('hoist') else ''}"
-            yield name, made.replace(switches={**switches, "exact_pages": True}, call=dict(call))
+            yield name, made.replace(switches={**switches, "exact_pages": True}, call=asked)
 
 
 def _most(part: Any, level: str, ahead: int, room: int, speed: Any) -> Any:
