@@ -21,13 +21,14 @@ from ..placement.pipeline_switches import PipelineSwitches
 from . import loading, single_file
 from .callbacks import MultiPipelineCallbacks, PipelineCallback, read_tensor, write_tensors
 from .components import component_entry, component_names
+from .facts import LIVE, RunFacts
 from .pending import PendingComponents
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
+class DiffusionPipeline(PendingComponents, PipelineSwitches, RunFacts, ConfigMixin):
     """Components (networks, tokenizers, a scheduler) and a way to run them.
 
     Load any pipeline with :meth:`from_pretrained`; the folder says which class it is.
@@ -46,12 +47,6 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _load_connected_pipes: ClassVar[bool] = False
-
-    _guidance_scale: Any = None
-    _guidance_rescale: Any = None
-    _clip_skip: Any = None
-    _cross_attention_kwargs: Any = None
-    _num_timesteps: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,8 +226,8 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
     def _begin(self, inputs: Mapping[str, Any]) -> State:
         state = State()
         state.update({**self.family.defaults.get(self.task, {}), **inputs})
-        self._interrupt = False
-        for name in _LIVE:
+        self._interrupt, self._current_timestep = False, None
+        for name in LIVE:
             setattr(self, f"_{name}", state.get(name))
         return state
 
@@ -264,6 +259,7 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
                     if recorder is not None:
                         recorder.step()
         finally:
+            self._current_timestep = None
             if bar is not None:
                 bar.close()
             self.maybe_free_model_hooks()
@@ -271,6 +267,7 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
 
     def _after_step(self, step: Step, callback: Any, names: list[str], bar: Any) -> None:
         state = step.state
+        self._current_timestep = step.timestep
         if callback is not None:
             given = {name: read_tensor(state, name) for name in names}
             scale = self._guidance_scale
@@ -326,46 +323,3 @@ class DiffusionPipeline(PendingComponents, PipelineSwitches, ConfigMixin):
         if not state.get("return_dict", True):
             return values
         return self.output_class(*values)
-
-    # -- what callbacks read ---------------------------------------------------------------------
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale  # type: ignore[no-any-return]
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale  # type: ignore[no-any-return]
-
-    @property
-    def clip_skip(self) -> int | None:
-        return self._clip_skip  # type: ignore[no-any-return]
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        return self._cross_attention_kwargs  # type: ignore[no-any-return]
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the current run has a negative branch."""
-        return self._guidance_scale is not None and self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the current run."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a callback to stop after the current step."""
-        return self._interrupt
-
-
-_LIVE = (
-    "guidance_scale",
-    "guidance_rescale",
-    "clip_skip",
-    "cross_attention_kwargs",
-    "denoising_start",
-    "denoising_end",
-)

@@ -22,6 +22,7 @@ from ..weights import saving
 from ..weights.prepare import LoadOptions, Prepared, parse_dtype
 from . import downloading
 from .components import component_names
+from .members import folders_to_fetch, has_members, prepare_members
 
 logger = log.get_logger(__name__)
 INDEX = "model_index.json"
@@ -305,6 +306,8 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
     if not root.is_dir():
         raise MissingFile(f"{folder}: {INDEX} lists the component {name!r}, but there is no folder of this name")
     hub.check_inside(root, folder)
+    if has_members(cls):
+        return prepare_members(cls, root, options)
     if hasattr(cls, "_prepare"):
         return cls._prepare(root, options)
     if isinstance(cls, type) and issubclass(cls, nn.Module):
@@ -380,7 +383,7 @@ def download(
     if files is None:  # nothing but the cache to go by
         return index_path.parent
     chosen = [INDEX]
-    for part in parts:
+    for part in [*parts, *folders_to_fetch(files, index, parts)]:
         chosen += downloading.choose_files(files, part, variant, use_safetensors)
     if trust_remote_code:  # code that the index names: the pipeline's, and that of components
         folders = {"", *parts}

@@ -14,6 +14,7 @@ from ..core.errors import CheckpointError
 from ..weights.prepare import LoadOptions, building
 from . import loading
 from .components import component_names
+from .members import build_members, has_members
 
 SMALL = (".json", ".txt", ".model", ".jinja")  # what configurations, tokenizers and schedulers are made of
 
@@ -57,8 +58,10 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
     if not (folder / name / "config.json").is_file():
         raise CheckpointError(f"{label} has no config.json")
     with building(cls, label):
-        if hasattr(cls, "load_config"):
-            model: Any = cls.from_config(cls.load_config(folder, subfolder=name))
+        if has_members(cls):
+            model: Any = build_members(cls, folder / name)
+        elif hasattr(cls, "load_config"):
+            model = cls.from_config(cls.load_config(folder, subfolder=name))
         else:
             model = cls(cls.config_class.from_pretrained(folder / name))
             model.tie_weights()
