@@ -194,4 +194,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
 }
 
 # components that a checkpoint was saved without; the peer wants to be told
-ABSENT: dict[str, dict[str, None]] = {"qwen": {"text_encoder": None, "tokenizer": None}}
+ABSENT: dict[str, dict[str, None]] = {
+    "qwen": {"text_encoder": None, "tokenizer": None},
+    "qwen-edit": {"text_encoder": None, "tokenizer": None, "processor": None},
+}

@@ -68,3 +68,8 @@ def rescale_noise(guided: Tensor, positive: Tensor, amount: float) -> Tensor:
     axes = list(range(1, positive.ndim))
     matched = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
     return amount * matched + (1 - amount) * guided
+
+
+def rescale_noise_cfg(noise_cfg: Tensor, noise_pred_text: Tensor, guidance_rescale: float = 0.0) -> Tensor:
+    """:func:`rescale_noise` under the ecosystem's name."""
+    return rescale_noise(noise_cfg, noise_pred_text, guidance_rescale)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..blocks.decode import check_output_type
 from ..blocks.guiders import ClassifierFree
 from ..blocks.text import Prompt, check_pooled, check_prompts, check_tokens
-from ..blocks.timesteps import check_strength, retrieve_timesteps, start_at_strength
+from ..blocks.timesteps import calculate_shift, check_strength, retrieve_timesteps, start_at_strength
 from ..core import log
 from ..core.types import Cond, ModelInput
 from .base import Family, predict, setting
@@ -88,9 +88,7 @@ def image_size(family: Family, components: Mapping[str, Any], height: int | None
 def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
     """The time shift mu for a picture of ``tokens`` tokens: linear in their number."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (top - base) / (high - low)
-    return tokens * slope + (base - slope * low)  # type: ignore[no-any-return]
+    return calculate_shift(tokens, low, high, config.get("base_shift", 0.5), config.get("max_shift", 1.15))
 
 
 def set_timesteps(

@@ -46,7 +46,7 @@ def encode(
 
     def branch(texts: Prompt, tokens: Tensor | None, mask: Tensor | None, count: int) -> Cond:
         if tokens is None:
-            tokens, mask = _read(components, device, as_list(texts, count), prompt_image)
+            tokens, mask = read(components, device, as_list(texts, count), prompt_image)
             tokens, mask = tokens[:, :max_sequence_length], mask[:, :max_sequence_length]
         if mask is not None and bool(mask.all()):
             mask = None
@@ -61,7 +61,7 @@ def encode(
     return {"conds": {k: c.map(lambda x: x.to(device)).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
 
 
-def _read(components: Mapping[str, Any], device: torch.device, texts: list[str], image: Any) -> tuple[Tensor, Tensor]:
+def read(components: Mapping[str, Any], device: torch.device, texts: list[str], image: Any) -> tuple[Tensor, Tensor]:
     """(B, L, D) and (B, L): the states of each text's own tokens, padded to the longest."""
     encoder = require_component(components, "text_encoder", "`prompt_embeds` and `prompt_embeds_mask`")
     template = DESCRIBE if image is None else EDIT

@@ -45,7 +45,7 @@ def read_controlnet(
             ready.append(_latents(components["vae"], config, pixels))
         else:
             picture = (image, control_mask, height, width, batch, device, dtype)
-            ready.append(torch.cat([_masked(components["vae"], config, *picture)] * branches))
+            ready.append(torch.cat([masked_picture(components["vae"], config, *picture)] * branches))
 
     def ask(inputs: ModelInput, scales: Any) -> dict[str, Any]:
         pooled = inputs.cond.pooled
@@ -80,7 +80,7 @@ def _latents(vae: Any, config: Any, pixels: Tensor) -> Tensor:
     return (z - shift) * vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
-def _masked(
+def masked_picture(
     vae: Any,
     config: Any,
     image: Any,
