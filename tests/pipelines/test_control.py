@@ -12,6 +12,7 @@ import torch
 
 import effusion
 from effusion.families.control import Control, control_of
+from effusion.pipelines.members import folders_to_fetch
 from effusion.pipelines.planning import skeleton
 
 from .conftest import Checkpoints, Pipes
@@ -236,6 +237,15 @@ def test_several_networks_are_given_as_a_list(checkpoint: Checkpoints, ours: Pip
     (tmp_path / "controlnet_1" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="controlnet_1"):
         effusion.StableDiffusionControlNetPipeline.from_pretrained(tmp_path)
+
+
+def test_of_several_networks_all_folders_are_fetched() -> None:
+    several = {"controlnet": ["diffusers", "MultiControlNetModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    names = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_old", "text_encoder", "text_encoder_2")
+    files = [f"{name}/config.json" for name in names] + ["model_index.json", "controlnet_3"]
+    assert folders_to_fetch(files, several, list(several)) == ["controlnet_1", "controlnet_2"]
+    one = several | {"controlnet": ["diffusers", "ControlNetModel"]}
+    assert folders_to_fetch(files, one, list(one)) == []
 
 
 def test_a_pipeline_without_a_control_network_says_so(checkpoint: Checkpoints) -> None:

@@ -303,16 +303,15 @@ class MultiControlNetModel(ModelMixin):
         Raises:
             CheckpointError: there is none.
         """
-        folders = member_folders(pretrained_model_path or "")
-        nets = [ControlNetModel.from_pretrained(folder, **kwargs) for folder in folders]
+        nets = [ControlNetModel.from_pretrained(f, **kwargs) for f in cls._folders(pretrained_model_path or "")]
         if not nets:
             raise CheckpointError(f"no control networks in {pretrained_model_path}: expected this folder, and …_1, …_2")
         return cls(nets)
 
-
-def member_folders(root: str | os.PathLike[str]) -> list[str]:
-    """The folders that there are of ``root``, ``root_1``, ``root_2``, …, up to the first gap."""
-    return list(takewhile(os.path.isdir, (_numbered(root, i) for i in count())))
+    @staticmethod
+    def _folders(root: str | os.PathLike[str]) -> list[str]:
+        """The folders that there are of ``root``, ``root_1``, ``root_2``, …, up to the first gap."""
+        return list(takewhile(os.path.isdir, (_numbered(root, i) for i in count())))
 
 
 def _numbered(folder: str | os.PathLike[str], i: int) -> str:

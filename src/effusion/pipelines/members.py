@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..core import hub, registry
-from ..models.controlnet import member_folders
 from ..weights.prepare import LoadOptions, Several
 
 
@@ -18,13 +17,13 @@ def has_members(cls: Any) -> bool:
 
 def prepare_members(cls: Any, root: Path, options: LoadOptions) -> Several[Any]:
     """Networks without weights as one of class ``cls``; files are opened and checked only."""
-    parts = [cls._member._prepare(folder, options) for folder in _folders(root)]
+    parts = [cls._member._prepare(folder, options) for folder in _folders(cls, root)]
     return Several.together(cls([part.model for part in parts]), parts)
 
 
 def build_members(cls: Any, root: Path) -> Any:
     """The same from configurations alone."""
-    return cls([cls._member.from_config(cls._member.load_config(folder)) for folder in _folders(root)])
+    return cls([cls._member.from_config(cls._member.load_config(folder)) for folder in _folders(cls, root)])
 
 
 def folders_to_fetch(files: Iterable[str], index: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
@@ -36,8 +35,8 @@ def folders_to_fetch(files: Iterable[str], index: Mapping[str, Any], parts: Sequ
     return sorted(folder for folder in there if several and pattern.fullmatch(folder))
 
 
-def _folders(root: Path) -> list[Path]:
-    folders = [Path(folder) for folder in member_folders(root)]
+def _folders(cls: Any, root: Path) -> list[Path]:
+    folders = [Path(folder) for folder in cls._folders(root)]
     for folder in folders:
         hub.check_inside(folder, root.parent)
     return folders
