@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from ..blocks import decode, inpaint, latents
 from ..blocks.engine import BlockList
 from ..blocks.images import VaeImageProcessor, is_valid_image
 from ..core import log
-from ..core.types import ModelInput, State
+from ..core.types import State
 from .base import read_image
 from .control import control_of, pictures_by_network
+from .unet_control import Ask
 
 logger = log.get_logger(__name__)
 SIZE_MULTIPLE = 8
@@ -145,56 +146,6 @@ def _rows(pixels: Tensor, batch: int, per_prompt: int, name: str) -> Tensor:
     if count not in (1, prompts):
         raise ValueError(f"`{name}` has {count} pictures for {prompts} prompts: give one, or one for each")
     return pixels.repeat_interleave(batch if count == 1 else per_prompt, dim=0)
-
-
-@dataclass
-class Ask:
-    """Asks control networks of UNets; the pictures are those of the state, where callbacks may replace them.
-
-    Attributes:
-        name: of the pictures in the state.
-        several: whether there is a list of pictures.
-        guess: whether only the positive branch is asked about; the other one gets zeros.
-        batch: images of a branch.
-    """
-
-    network: Any
-    state: State
-    name: str
-    several: bool
-    guess: bool
-    batch: int
-
-    def __call__(self, inputs: ModelInput, scales: float | list[float]) -> dict[str, Any]:
-        total, cond = inputs.x.shape[0], inputs.cond
-        rows = min(total, self.batch) if self.guess else total
-        pictures = self.state.get(self.name)
-        seen = [_last(p, rows) for p in (pictures if self.several else [pictures])]
-        added = None
-        if "time_ids" in cond.extras:
-            added = {"text_embeds": _last(cond.pooled, rows), "time_ids": _last(cond.extras["time_ids"], rows)}
-        down, mid = self.network(
-            _last(inputs.x, rows),
-            inputs.t,
-            encoder_hidden_states=_last(cond.tokens, rows),
-            controlnet_cond=seen if self.several else seen[0],
-            conditioning_scale=scales,
-            guess_mode=self.guess,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )
-        if rows < total:
-            down, mid = tuple(_after_zeros(d, total) for d in down), _after_zeros(mid, total)
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-
-def _last(x: Any, rows: int) -> Any:
-    """The last ``rows`` of ``x``, which are the positive branch's; ``x`` itself where that is all."""
-    return x if x is None or x.shape[0] == rows else x[-rows:]
-
-
-def _after_zeros(x: Tensor, rows: int) -> Tensor:
-    return torch.cat([x.new_zeros(rows - x.shape[0], *x.shape[1:]), x])
 
 
 CONTROL_STARTS = {

@@ -11,7 +11,7 @@ from ...blocks.decode import check_safety
 from ...blocks.images import VaeImageProcessor
 from ...blocks.latents import decode_to_pixels
 from ...blocks.timesteps import guidance_embedding
-from ...families import stable_diffusion_xl as sdxl
+from ...families.stable_diffusion_xl_sizes import check_ids
 from ..base import DiffusionPipeline
 from .unet import StepMethods
 
@@ -108,7 +108,7 @@ class SizeIds(DiffusionPipeline):
     ) -> Tensor:
         """The numbers of the micro-conditioning; (1, 6)."""
         ids = [*original_size, *crops_coords_top_left, *target_size]
-        sdxl.check_ids(self.unet, len(ids), text_encoder_projection_dim)
+        check_ids(self.unet, len(ids), text_encoder_projection_dim)
         return torch.tensor([ids], dtype=dtype)
 
 
@@ -135,7 +135,7 @@ class ScoredSizeIds(DiffusionPipeline):
         else:
             ids = [*original_size, *crops_coords_top_left, *target_size]
             negative = [*negative_original_size, *crops_coords_top_left, *negative_target_size]
-        sdxl.check_ids(self.unet, len(ids), text_encoder_projection_dim)
+        check_ids(self.unet, len(ids), text_encoder_projection_dim)
         return torch.tensor([ids], dtype=dtype), torch.tensor([negative], dtype=dtype)
 
 
