@@ -38,6 +38,29 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "refiner": lambda f: diffusers.StableDiffusionXLImg2ImgPipeline(
         **tiny.stable_diffusion_xl(f, refiner=True), requires_aesthetics_score=True
     ),
+    "sd-control": lambda f: diffusers.StableDiffusionControlNetPipeline(
+        **tiny.stable_diffusion(f), controlnet=tiny.controlnet()
+    ),
+    "sd-control-shuffle": lambda f: diffusers.StableDiffusionControlNetPipeline(
+        **tiny.stable_diffusion(f), controlnet=tiny.controlnet(global_pool_conditions=True)
+    ),
+    "sd-controls": lambda f: diffusers.StableDiffusionControlNetPipeline(
+        **tiny.stable_diffusion(f), controlnet=[tiny.controlnet(), tiny.controlnet(seed=12)]
+    ),
+    "sd9-control": lambda f: diffusers.StableDiffusionControlNetInpaintPipeline(
+        **tiny.stable_diffusion(f, 9), controlnet=tiny.controlnet()
+    ),
+    "xl-control": lambda f: diffusers.StableDiffusionXLControlNetPipeline(
+        **tiny.stable_diffusion_xl(f), controlnet=tiny.xl_controlnet()
+    ),
+    "xl-controls": lambda f: diffusers.StableDiffusionXLControlNetPipeline(
+        **tiny.stable_diffusion_xl(f), controlnet=[tiny.xl_controlnet(), tiny.xl_controlnet(seed=12)]
+    ),
+    "refiner-control": lambda f: diffusers.StableDiffusionXLControlNetImg2ImgPipeline(
+        **tiny.stable_diffusion_xl(f, refiner=True),
+        controlnet=tiny.xl_controlnet(32, 5),
+        requires_aesthetics_score=True,
+    ),
     "lcm": lambda f: diffusers.LatentConsistencyModelPipeline(
         **tiny.stable_diffusion(f, schedule="LCMScheduler", time_cond_proj_dim=8)
     ),

@@ -72,6 +72,27 @@ def xl_unet(in_channels: int = 4, cross: int = 64, ids: int = 6, seed: int = 2) 
     )  # fmt: skip
 
 
+def controlnet(cross: int = 32, seed: int = 11, **options: Any) -> diffusers.ControlNetModel:
+    """A control network for :func:`unet`, whose last layers are not the zeros that training starts from."""
+    torch.manual_seed(seed)
+    made = diffusers.ControlNetModel(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=cross,
+        conditioning_embedding_out_channels=(8, 16), **options,
+    )  # fmt: skip
+    for name, parameter in made.named_parameters():
+        if name.startswith("controlnet_"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return listening(made).eval()
+
+
+def xl_controlnet(cross: int = 64, ids: int = 6, seed: int = 11) -> diffusers.ControlNetModel:
+    return controlnet(
+        cross, seed, addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
+        projection_class_embeddings_input_dim=32 + 8 * ids, transformer_layers_per_block=(1, 2),
+    )  # fmt: skip
+
+
 def scheduler(name: str = "DDIMScheduler", **options: Any) -> Any:
     base = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     if name in ("DDIMScheduler", "PNDMScheduler"):

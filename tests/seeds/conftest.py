@@ -60,6 +60,7 @@ def repositories(hub: Any, machine: Path, monkeypatch: pytest.MonkeyPatch) -> An
     ):
         hub.add(name, sd)
     hub.add("CompVis/stable-diffusion-v1-4", standins.stable_diffusion_half(), ref="fp16")
+    hub.add("lllyasviel/sd-controlnet-canny", standins.controlnet())
     hub.add("diffusers/community-pipeline", standins.stable_diffusion_variant("v1"))
     hub.add("stabilityai/stable-diffusion-xl-base-1.0", standins.stable_diffusion_xl())
     hub.add("username/sdxl-unet-sharded", standins.sharded_xl_unet())

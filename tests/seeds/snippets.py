@@ -684,7 +684,7 @@ image = pipe(prompt="modern art style", image=init_image).images[0]
     Snippet(
         "002:170",
         "ControlNet",
-        "ControlNet pipelines are not built yet",
+        "",
         """
 from diffusers import StableDiffusionControlNetPipeline, ControlNetModel
 from diffusers.utils import load_image
@@ -747,7 +747,7 @@ use_safetensors=True
     Snippet(
         "002:250",
         "ControlNet training",
-        "ControlNet pipelines are not built yet",
+        "the training utilities are not built yet",
         """
 from diffusers import (
 AutoencoderKL,
@@ -1202,7 +1202,7 @@ unet.train()
     Snippet(
         "002:1287",
         "ControlNet from a UNet",
-        "ControlNet pipelines are not built yet",
+        "",
         """
 # Initialize ControlNet
 controlnet = ControlNetModel.from_unet(unet)
@@ -1211,8 +1211,8 @@ control_image = load_control_image(control_image_path)
 control_image = controlnet_image_processor.preprocess(control_image)
 # Training with ControlNet conditions
 with torch.no_grad():
-# Forward pass with ControlNet conditioning
-...
+    # Forward pass with ControlNet conditioning
+    ...
 """,
     ),
     Snippet(

@@ -83,6 +83,17 @@ def stable_diffusion_half() -> Files:
 
 
 @cache
+def controlnet() -> Files:
+    torch.manual_seed(3)
+    net = diffusers.ControlNetModel(
+        block_out_channels=(4, 4, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=768,
+        conditioning_embedding_out_channels=(4, 4, 4, 4),
+    )  # fmt: skip
+    return saved(net)
+
+
+@cache
 def stable_diffusion_xl() -> Files:
     return _pipeline(_stable_diffusion_xl)
 

@@ -39,6 +39,10 @@ ANOTHER_FAMILY = {
 }
 
 
+# what a snippet imports and doesn't use
+UNUSED = {"import cv2\n": ""}
+
+
 # two GPUs, in the words of a machine that has none
 OTHER_DEVICES = {r"(?<=': )0\b": "'cpu'", r"(?<=': )1\b": "'cpu'", r'\{0:"1GB", 1:"1GB"\}': '{"cpu": "1GB"}'}
 
@@ -51,6 +55,8 @@ def execute(code: str, names: Names | None = None) -> Names:
     if torch.cuda.device_count() < 2:
         for theirs, ours in OTHER_DEVICES.items():
             code = re.sub(theirs, ours, code)
+    for theirs, ours in UNUSED.items():
+        code = code.replace(theirs, ours)
     renamed = re.sub(r"^(\s*(?:from|import)\s+)diffusers\b", r"\1effusion", code, flags=re.MULTILINE)
     names = {} if names is None else names
     names["__name__"] = "__main__"
@@ -136,6 +142,24 @@ def an_input_picture(folder: Path) -> Names:
     return {"torch": torch}
 
 
+def a_control_picture(folder: Path) -> Names:
+    (folder / "path/to").mkdir(parents=True)
+    picture(64).save(folder / "path/to/control.jpg")
+    return {"torch": torch}
+
+
+def what_a_control_network_is_trained_with(folder: Path) -> Names:
+    unet = effusion.UNet2DConditionModel.from_pretrained("runwayml/stable-diffusion-v1-5", subfolder="unet")
+    names = {
+        "torch": torch,
+        "ControlNetModel": effusion.ControlNetModel,
+        "unet": unet,
+        "control_image_path": "control.png",
+    }
+    processor = effusion.VaeImageProcessor(do_normalize=False)
+    return {**names, "controlnet_image_processor": processor, "load_control_image": lambda path: picture(64)}
+
+
 def old_imports(folder: Path) -> Names:
     return {"torch": torch, "StableDiffusionPipeline": effusion.StableDiffusionPipeline}
 
@@ -176,6 +200,7 @@ BEFORE: dict[str, Callable[[Path], Names]] = {
     "002:104": a_local_model,
     "002:139": any_pipeline,
     "002:160": an_input_picture,
+    "002:170": a_control_picture,
     "002:190": torch_only,
     "002:284": a_pipeline,
     "002:296": a_pipeline,
@@ -187,6 +212,7 @@ BEFORE: dict[str, Callable[[Path], Names]] = {
     "002:862": a_local_custom_pipeline,
     "002:948": torch_only,
     "002:1220": training_arguments,
+    "002:1287": what_a_control_network_is_trained_with,
     "002:1299": training_arguments,
     "002:1313": training_arguments,
     "002:1694": torch_only,
@@ -367,6 +393,12 @@ def foreign(names: Names) -> None:
     assert isinstance(names["pipeline"], effusion.StableDiffusionPipeline)
 
 
+def controlled(names: Names) -> None:
+    half()(names)
+    of_class("controlnet", "ControlNetModel")(names)
+    a_picture(64)(names)
+
+
 def both_networks(names: Names) -> None:
     of_class("unet", "UNet2DConditionModel")(names)
     of_class("vae", "AutoencoderKL")(names)
@@ -401,6 +433,7 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "002:139": foreign,
     "002:149": a_picture(),
     "002:160": repainted,
+    "002:170": controlled,
     "002:190": sampler("DPMSolverMultistepScheduler", use_karras_sigmas=True, algorithm_type="dpmsolver++"),
     "002:231": of_class("pipeline", "StableDiffusionPipeline"),
     "002:296": still_the_same,
@@ -415,6 +448,7 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "002:814": sampler("DPMSolverMultistepScheduler"),
     "002:948": modular,
     "002:1220": both_networks,
+    "002:1287": of_class("controlnet", "ControlNetModel"),
     "002:1299": of_class("teacher_unet", "UNet2DConditionModel"),
     "002:1313": of_class("transformer", "FluxTransformer2DModel"),
     "002:1694": half(),

@@ -73,7 +73,8 @@ def check_safety(
     checker = components.get("safety_checker")
     if checker is None:
         return pixels, None
-    pictures = image_processor.postprocess(pixels, output_type="pil")
+    tensor = torch.is_tensor(pixels)
+    pictures = image_processor.postprocess(pixels, "pil") if tensor else image_processor.numpy_to_pil(pixels)
     seen = components["feature_extractor"](pictures, return_tensors="pt").to(device)
     return checker(images=pixels, clip_input=seen.pixel_values.to(dtype))  # type: ignore[no-any-return]
 

@@ -26,14 +26,7 @@ def read_image_and_mask(
     output_type: str = "pil",
 ) -> dict[str, Any]:
     """Picture and mask as tensors; with ``padding_mask_crop``, the region around the mask only."""
-    for name, given in (("image", image), ("mask_image", mask_image)):
-        if given is None:
-            raise ValueError(f"`{name}` is missing: inpainting needs a picture and a mask that is white where to paint")
-        if padding_mask_crop is not None and not (isinstance(given, Image.Image) and output_type == "pil"):
-            raise ValueError(
-                f"`padding_mask_crop` needs PIL images and output_type='pil', got {type(given).__name__} as `{name}` "
-                f"and {output_type!r}"
-            )
+    check_pictures(image, mask_image, padding_mask_crop, output_type)
     crop, mode = None, "default"
     if padding_mask_crop is not None:
         crop = mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
@@ -42,6 +35,22 @@ def read_image_and_mask(
     pixels = image_processor.preprocess(image, **size).to(dtype=torch.float32)
     mask = mask_processor.preprocess(mask_image, **size)
     return {"image": pixels, "mask_pixels": mask, "original_image": image, "crops_coords": crop}
+
+
+def check_pictures(image: Any, mask_image: Any, padding_mask_crop: int | None = None, output_type: str = "pil") -> None:
+    """A picture and a mask have to be there, and PIL images where a region of them is painted.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for name, given in (("image", image), ("mask_image", mask_image)):
+        if given is None:
+            raise ValueError(f"`{name}` is missing: inpainting needs a picture and a mask that is white where to paint")
+        if padding_mask_crop is not None and not (isinstance(given, Image.Image) and output_type == "pil"):
+            raise ValueError(
+                f"`padding_mask_crop` needs PIL images and output_type='pil', got {type(given).__name__} as `{name}` "
+                f"and {output_type!r}"
+            )
 
 
 def start_inside_mask(

@@ -161,6 +161,16 @@ def start_from_noise(
     return {"latents": latents.to(device=device, dtype=dtype) * first_sigma(scheduler)}
 
 
+def clean_latents(family: Any, components: Any, image: Tensor, batch: int, generator: Generators) -> Tensor:
+    """The latents of pictures (or latents, as they are), one for each item of the batch; (B, C, h, w)."""
+    check_generators(generator, batch)
+    vae = components.get("vae")
+    if vae is None or image.shape[1] != family.latent_format(components).channels:
+        source = match_batch(image, batch, "images") if isinstance(generator, (list, tuple)) else image
+        image = encode_pixels(family, vae, source, generator)
+    return match_batch(image, batch, "images")
+
+
 def start_from_image(
     family: Any,
     components: Any,
@@ -180,17 +190,10 @@ def start_from_image(
     picture is half-denoised already, and no noise is added.
     """
     dtype = dtype_of(conds, components[family.denoiser])
-    check_generators(generator, batch)
     if latents is not None:
+        check_generators(generator, batch)
         return {"latents": latents.to(device=device, dtype=dtype)}
-    image = image.to(device=device, dtype=dtype)
-    vae = components.get("vae")
-    if image.shape[1] == family.latent_format(components).channels and vae is not None:
-        clean = image
-    else:
-        source = match_batch(image, batch, "images") if isinstance(generator, (list, tuple)) else image
-        clean = encode_pixels(family, vae, source, generator)
-    clean = match_batch(clean, batch, "images")
+    clean = clean_latents(family, components, image.to(device=device, dtype=dtype), batch, generator)
     if denoising_start is not None:
         return {"latents": clean, "image_latents": clean}
     noise = randn_tensor(clean.shape, generator=generator, device=device, dtype=dtype)

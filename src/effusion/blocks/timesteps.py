@@ -42,6 +42,18 @@ def retrieve_timesteps(
     return scheduler.timesteps, num_inference_steps
 
 
+def calculate_shift(
+    image_seq_len: int,
+    base_seq_len: int = 256,
+    max_seq_len: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """The time shift mu for a picture of ``image_seq_len`` tokens: linear in their number."""
+    slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
+    return image_seq_len * slope + (base_shift - slope * base_seq_len)
+
+
 def noised(scheduler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """``clean`` at the noise level of ``timestep`` (B,); diffusion and flow-matching schedulers name it differently."""
     if hasattr(scheduler, "scale_noise"):
@@ -112,15 +124,3 @@ def guidance_embedding(w: Tensor, dim: int = 512, dtype: torch.dtype = torch.flo
     angles = (w.to(dtype) * 1000.0)[:, None] * frequencies[None, :]
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(embedding, (0, dim % 2))
-
-
-def calculate_shift(
-    image_seq_len: int,
-    base_seq_len: int = 256,
-    max_seq_len: int = 4096,
-    base_shift: float = 0.5,
-    max_shift: float = 1.15,
-) -> float:
-    """The time shift mu for a picture of ``image_seq_len`` tokens: linear in their number."""
-    slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
-    return image_seq_len * slope + (base_shift - slope * base_seq_len)

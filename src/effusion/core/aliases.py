@@ -20,6 +20,10 @@ from . import registry
 
 ROOT = __name__.split(".")[0]
 
+# where the functions are that modules of pipelines have beside their classes
+STEPS: tuple[str, ...] = ("blocks.timesteps", "blocks.latents", "blocks.guiders")
+STEPS += ("families.flux_tasks", "families.pixart", "families.qwen_image")
+
 # path in the ecosystem, below the library -> modules that have its names; a package stands for all that the registry
 # lists in it. The first rule that matches the whole path counts.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -59,10 +63,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"pipelines\.stable_diffusion_xl\.watermark", ("blocks.watermark",)),
     (r"pipelines\.(auto_pipeline|pipeline_utils|ddim|ddpm|latent_consistency_models)", ("pipelines",)),
     (r"pipelines\.(controlnet_sd3|pixart_alpha|qwenimage)", ("pipelines",)),
-    (
-        r"pipelines\.\w+\.(pipeline|modeling)_\w+",
-        ("pipelines", "models", "blocks.timesteps", "blocks.latents", "blocks.guiders"),
-    ),
+    (r"pipelines\.controlnet(\.multicontrolnet)?", ("pipelines", "models")),
+    (r"pipelines\.\w+\.(pipeline|modeling)_\w+", ("pipelines", "models", *STEPS)),
     (r"modular_pipelines(\.modular_pipeline)?", ("pipelines",)),
     (r"quantizers(\.quantization_config)?", ("quant.gguf",)),
     (r"schedulers\.scheduling_dpmsolver_sde", ("schedulers.heun", "schedulers.brownian")),
@@ -134,7 +136,11 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _modules(homes: Sequence[str], name: str) -> Iterator[str]:
-    """Where to look for ``name``: its registered module first, so that no other is imported for a public name."""
-    for home in homes:
-        registered = registry.names_under(home)
-        yield from [registered[name]] if name in registered else [home, *dict.fromkeys(registered.values())]
+    """Where to look for ``name``: its registered module first, so that no other is imported for a public name.
+
+    Modules that are named themselves come before all that are registered below another.
+    """
+    registered = [registry.names_under(home) for home in homes]
+    yield from (names[name] for names in registered if name in names)
+    yield from homes
+    yield from dict.fromkeys(module for names in registered for module in names.values())

@@ -118,6 +118,16 @@ MODULES: dict[str, tuple[str, ...]] = {
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
     ),
+    "effusion.pipelines.stable_diffusion_control": (
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+    ),
+    "effusion.pipelines.stable_diffusion_xl_control": (
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+    ),
     "effusion.pipelines.latent_consistency": (
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",

@@ -88,8 +88,7 @@ def image_size(family: Family, components: Mapping[str, Any], height: int | None
 def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
     """The time shift mu for a picture of ``tokens`` tokens: linear in their number."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return calculate_shift(tokens, low, high, base, top)
+    return calculate_shift(tokens, low, high, config.get("base_shift", 0.5), config.get("max_shift", 1.15))
 
 
 def set_timesteps(

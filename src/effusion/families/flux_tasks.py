@@ -26,6 +26,8 @@ KONTEXT_SIZES = (
     (1568, 672),
 )  # fmt: skip
 
+PREFERRED_KONTEXT_RESOLUTIONS = list(KONTEXT_SIZES)  # under the ecosystem's name
+
 
 def token_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype, group: int = 0) -> Tensor:
     """(group, row, column) of each picture token; (rows * columns, 3)."""

@@ -34,8 +34,8 @@ def encode(
     def branch(texts: Prompt, texts_2: Prompt, tokens: Tensor | None, pooled: Tensor | None, count: int) -> Cond:
         if tokens is None:
             first = as_list(texts, count)
-            pooled = _clip(components, device, first, tokenizer_max_length)
-            tokens = _t5(components, device, as_list(texts_2, count) if texts_2 else first, max_sequence_length)
+            pooled = clip_pooled(components, device, first, tokenizer_max_length)
+            tokens = t5_tokens(components, device, as_list(texts_2, count) if texts_2 else first, max_sequence_length)
         return Cond(tokens=tokens, pooled=pooled)
 
     positive = branch(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, len(as_list(prompt)))
@@ -49,13 +49,17 @@ def encode(
     return {"conds": {k: c.to(device=device).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
 
 
-def _clip(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int | None) -> Tensor:
+def clip_pooled(
+    components: Mapping[str, Any], device: torch.device, texts: list[str], length: int | None = None
+) -> Tensor:
+    """CLIP's pooled vectors; (B, D)."""
     encoder = require_component(components, "text_encoder", "`pooled_prompt_embeds`")
     ids = tokenize(components["tokenizer"], texts, length).input_ids.to(device)
     return encoder(ids, output_hidden_states=False).pooler_output.to(encoder.dtype)  # (B, D)  # type: ignore[no-any-return]
 
 
-def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int) -> Tensor:
+def t5_tokens(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int) -> Tensor:
+    """T5's states; (B, L, D)."""
     encoder = require_component(components, "text_encoder_2", "`prompt_embeds`")
     ids = tokenize(components["tokenizer_2"], texts, length, what="T5").input_ids.to(device)
     return encoder(ids, output_hidden_states=False)[0].to(encoder.dtype)  # (B, L, D)  # type: ignore[no-any-return]

@@ -27,11 +27,24 @@ _BINS = (
 _MORE_2K = ((1024, 3968), (1024, 3840), (3328, 1152), (3584, 1152), (3712, 1024), (3840, 1024), (3968, 1024))
 
 
+def bins_of(side: int) -> list[tuple[int, int]]:
+    """(height, width) of the aspect ratios that a ``side``-pixel model was trained at."""
+    bins = [(h * side // 1024, w * side // 1024) for h, w in _BINS]
+    return bins + list(_MORE_2K if side == 2048 else ())
+
+
 def nearest_bin(height: int, width: int, side: int) -> tuple[int, int]:
     """The training size of a ``side``-pixel model whose aspect ratio (to two digits) is nearest."""
-    bins = [(h * side // 1024, w * side // 1024) for h, w in _BINS]
-    bins += _MORE_2K if side == 2048 else ()
-    return min(bins, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
+    return min(bins_of(side), key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
+
+
+def _table(side: int) -> dict[str, list[float]]:
+    """Aspect ratio -> (height, width), in the form in which scripts import it."""
+    return {str(round(h / w, 2)): [float(h), float(w)] for h, w in bins_of(side)}
+
+
+ASPECT_RATIO_256_BIN, ASPECT_RATIO_512_BIN = _table(256), _table(512)
+ASPECT_RATIO_1024_BIN, ASPECT_RATIO_2048_BIN = _table(1024), _table(2048)
 
 
 def check(

@@ -127,9 +127,14 @@ def edit_size(image: Any, area: int = EDIT_AREA) -> tuple[int, int]:
     if not hasattr(first, "size"):
         raise ValueError("`image` is missing: editing needs a picture")
     columns, rows = first.size if not torch.is_tensor(first) else (first.shape[-1], first.shape[-2])
-    ratio = columns / rows
-    width = math.sqrt(area * ratio)
-    return round(width / ratio / 32) * 32, round(width / 32) * 32
+    width, height, _ = calculate_dimensions(area, columns / rows)
+    return height, width
+
+
+def calculate_dimensions(target_area: int, ratio: float) -> tuple[int, int, None]:
+    """(width, height) of about ``target_area`` pixels, multiples of 32; and ``None``, as in the ecosystem."""
+    width = math.sqrt(target_area * ratio)
+    return round(width / 32) * 32, round(width / ratio / 32) * 32, None
 
 
 def read_reference(

@@ -58,7 +58,7 @@ def encode(
 
     def branch(texts: Prompt, tokens: Tensor | None, mask: Tensor | None, count: int) -> Cond:
         if tokens is None:
-            tokens, mask = _read(components, device, as_list(texts, count), prompt_image, *question)
+            tokens, mask = read(components, device, as_list(texts, count), prompt_image, *question)
             tokens, mask = tokens[:, :max_sequence_length], mask[:, :max_sequence_length]
         if mask is not None and bool(mask.all()):
             mask = None
@@ -73,7 +73,7 @@ def encode(
     return {"conds": {k: c.map(lambda x: x.to(device)).repeat(num_images_per_prompt or 1) for k, c in conds.items()}}
 
 
-def _read(
+def read(
     components: Mapping[str, Any],
     device: torch.device,
     texts: list[str],

@@ -12,7 +12,8 @@ from ..blocks.decode import check_output_type
 from ..blocks.text import Prompt, as_list, check_prompts, clip_tokens
 from ..blocks.timesteps import check_strength, guidance_embedding
 from ..core.types import Cond, ModelInput
-from .base import Family, predict, setting, with_channels
+from . import stable_diffusion_control as control
+from .base import TASKS, Family, predict, setting, with_channels
 
 SIZE_MULTIPLE = 8
 
@@ -124,6 +125,7 @@ def call(unet: Any, inputs: ModelInput) -> Tensor:
         encoder_hidden_states=inputs.cond.tokens,
         timestep_cond=inputs.guidance,
         cross_attention_kwargs=inputs.attention,
+        **inputs.residuals,
     )
 
 
@@ -134,9 +136,15 @@ STABLE_DIFFUSION = Family(
     encode=encode,
     call=call,
     condition=embed_guidance,
+    starts=control.CONTROL_STARTS,
+    tasks=(*TASKS, *control.CONTROL_STARTS),
+    edit=control.edit,
     defaults={
         "text2image": {"guidance_scale": 7.5},
         "image2image": {"guidance_scale": 7.5, "strength": 0.8},
         "inpaint": {"guidance_scale": 7.5, "strength": 1.0},
+        "controlnet": {"guidance_scale": 7.5},
+        "controlnet_image2image": {"guidance_scale": 7.5, "strength": 0.8, "controlnet_conditioning_scale": 0.8},
+        "controlnet_inpaint": {"guidance_scale": 7.5, "strength": 1.0, "controlnet_conditioning_scale": 0.5},
     },
 )

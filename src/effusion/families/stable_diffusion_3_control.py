@@ -47,7 +47,7 @@ def read_controlnet(
             where = (height, width, batch, device, dtype)
             pixels = control_pixels(image, image_processor, *where)
             holes = control_pixels(control_mask, mask_processor, *where)
-            ready.append(torch.cat([_masked(components["vae"], config, pixels, holes)] * branches))
+            ready.append(torch.cat([masked_picture(components["vae"], config, pixels, holes)] * branches))
 
     def ask(inputs: ModelInput, scales: Any) -> dict[str, Any]:
         pooled = inputs.cond.pooled
@@ -82,7 +82,7 @@ def _latents(vae: Any, config: Any, pixels: Tensor) -> Tensor:
     return (z - shift) * vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
-def _masked(vae: Any, config: Any, pixels: Tensor, holes: Tensor) -> Tensor:
+def masked_picture(vae: Any, config: Any, pixels: Tensor, holes: Tensor) -> Tensor:
     """Latents of the picture with the mask cut out, and the mask as one more channel (1 = keep)."""
     z = _latents(vae, config, torch.where(holes.repeat(1, 3, 1, 1) > 0.5, -1.0, pixels))
     keep = 1 - torch.nn.functional.interpolate(holes, size=z.shape[-2:])

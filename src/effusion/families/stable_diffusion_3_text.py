@@ -72,15 +72,29 @@ def _all_three(
             states.append(None)
             pooled.append(None)
             continue
-        ids = tokenize(components[f"tokenizer{suffix}"], prompts, clip_length).input_ids.to(device)
-        out = encoder(ids, output_hidden_states=True)
-        states.append(out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)].to(encoder.dtype))
-        pooled.append(out[0])
+        tokens, vector = clip_tokens(components, device, suffix, prompts, clip_skip, clip_length)
+        states.append(tokens)
+        pooled.append(vector)
     vectors = _fill(pooled, pooled_width, (count,), transformer, device)
     clip = _fill(states, pooled_width, (count, clip_length), transformer, device)
-    t5 = _t5(components, device, texts[2], length, width)
+    t5 = t5_tokens(components, device, texts[2], length, width)
     clip = torch.nn.functional.pad(clip, (0, width - clip.shape[-1]))
     return Cond(tokens=torch.cat([clip, t5], dim=-2), pooled=vectors)
+
+
+def clip_tokens(
+    components: Mapping[str, Any],
+    device: torch.device,
+    suffix: str,
+    texts: list[str],
+    clip_skip: int | None,
+    length: int = CLIP_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """The last but one layer's states of the encoder with this ``suffix``, and its pooled vectors; (B, 77, D), (B, D)."""
+    encoder = components[f"text_encoder{suffix}"]
+    ids = tokenize(components[f"tokenizer{suffix}"], texts, length).input_ids.to(device)
+    out = encoder(ids, output_hidden_states=True)
+    return out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)].to(encoder.dtype), out[0]
 
 
 def _fill(parts: list[Any], width: int, shape: tuple[int, ...], like: Any, device: torch.device) -> Tensor:
@@ -91,7 +105,8 @@ def _fill(parts: list[Any], width: int, shape: tuple[int, ...], like: Any, devic
     return torch.cat([zeros[0] if p is None else p for p in parts], dim=-1)
 
 
-def _t5(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int, width: int) -> Tensor:
+def t5_tokens(components: Mapping[str, Any], device: torch.device, texts: list[str], length: int, width: int) -> Tensor:
+    """T5's states, or zeros where it is missing; (B, L, D)."""
     encoder = components.get("text_encoder_3")
     if encoder is None:
         return torch.zeros(len(texts), length, width, dtype=components["transformer"].dtype, device=device)

@@ -12,9 +12,9 @@ from ..blocks.text import Prompt, as_list, check_pooled, check_second_prompt, to
 from ..blocks.timesteps import check_range
 from ..core.types import Cond, ModelInput
 from . import stable_diffusion as sd
-from .base import Family, predict, setting, with_channels
-
-Size = tuple[int, int]
+from . import stable_diffusion_control as control
+from .base import TASKS, Family, predict, with_channels
+from .stable_diffusion_xl_sizes import condition
 
 
 def check(
@@ -113,64 +113,6 @@ def _both(
     return Cond(tokens=torch.cat(states, dim=-1), pooled=pooled)
 
 
-def condition(
-    family: Family,
-    components: Mapping[str, Any],
-    config: Mapping[str, Any],
-    task: str,
-    device: torch.device,
-    batch: int,
-    latents: Tensor,
-    conds: dict[str, Cond],
-    original_size: Size | None = None,
-    crops_coords_top_left: Size = (0, 0),
-    target_size: Size | None = None,
-    negative_original_size: Size | None = None,
-    negative_crops_coords_top_left: Size = (0, 0),
-    negative_target_size: Size | None = None,
-    aesthetic_score: float = 6.0,
-    negative_aesthetic_score: float = 2.5,
-    guidance_scale: float = 5.0,
-) -> dict[str, Any]:
-    """Micro-conditioning (section 2.2): sizes, crop and, in the refiner, an aesthetic score."""
-    scale = family.latent_format(components).downscale
-    here = (latents.shape[-2] * scale, latents.shape[-1] * scale)
-    target, original = target_size or here, original_size or here
-    ends: tuple[tuple[float, ...], tuple[float, ...]] = (target, negative_target_size or target)
-    if config.get("requires_aesthetics_score", False):
-        ends = ((aesthetic_score,), (negative_aesthetic_score,))
-    positive = (*original, *crops_coords_top_left, *ends[0])
-    negative = (*(negative_original_size or original), *negative_crops_coords_top_left, *ends[1])
-    # Where the ecosystem leaves the caller's negative sizes out, so do we, for the same numbers.
-    if ends[0] == target and task == "text2image" and not (negative_original_size and negative_target_size):
-        negative = positive
-    elif ends[0] == target and task != "text2image":
-        negative = (*(negative_original_size or original), *crops_coords_top_left, *ends[1])
-    _check_ids(components[family.denoiser], conds["positive"], len(positive))
-    numbers = [negative, positive] if "negative" in conds else [positive]
-    ids = torch.tensor(numbers, dtype=latents.dtype, device=device)
-    # In text2image the ecosystem tiles the branches together (negative, positive, negative, …), which differs
-    # when the two have different sizes and there are several images; kept, for the same numbers.
-    ids = ids.repeat(batch, 1) if task == "text2image" else ids.repeat_interleave(batch, dim=0)
-    made = {
-        name: Cond(cond.tokens, cond.pooled, cond.mask, {**cond.extras, "time_ids": rows})
-        for (name, cond), rows in zip(conds.items(), ids.chunk(len(numbers)), strict=True)
-    }
-    return {"conds": made, **sd.embed_guidance(family, components, device, batch, latents, guidance_scale)}
-
-
-def _check_ids(unet: Any, cond: Cond, count: int) -> None:
-    """Does the network expect as many conditioning numbers as the pipeline gives?"""
-    if cond.pooled is None or not hasattr(unet, "add_embedding"):
-        return
-    given = setting(unet, "addition_time_embed_dim") * count + cond.pooled.shape[-1]
-    if given != (expected := unet.add_embedding.linear_1.in_features):
-        raise ValueError(
-            f"this UNet takes {expected} conditioning features, the pipeline makes {given} of {count} numbers; "
-            "check `requires_aesthetics_score` in the pipeline's configuration (true for refiners) and `text_encoder_2`"
-        )
-
-
 def call(unet: Any, inputs: ModelInput) -> Tensor:
     """Predict with a UNet that takes pooled text and sizes beside the text tokens."""
     return predict(
@@ -181,6 +123,7 @@ def call(unet: Any, inputs: ModelInput) -> Tensor:
         timestep_cond=inputs.guidance,
         cross_attention_kwargs=inputs.attention,
         added_cond_kwargs={"text_embeds": inputs.cond.pooled, "time_ids": inputs.cond.extras["time_ids"]},
+        **inputs.residuals,
     )
 
 
@@ -192,9 +135,15 @@ STABLE_DIFFUSION_XL = Family(
     call=call,
     condition=condition,
     upcast_vae=True,
+    starts=control.CONTROL_STARTS,
+    tasks=(*TASKS, *control.CONTROL_STARTS),
+    edit=control.edit,
     defaults={
         "text2image": {"guidance_scale": 5.0},
         "image2image": {"guidance_scale": 5.0, "strength": 0.3},
         "inpaint": {"guidance_scale": 7.5, "strength": 0.9999},
+        "controlnet": {"guidance_scale": 5.0},
+        "controlnet_image2image": {"guidance_scale": 5.0, "strength": 0.8, "controlnet_conditioning_scale": 0.8},
+        "controlnet_inpaint": {"guidance_scale": 5.0, "strength": 0.9999},
     },
 )

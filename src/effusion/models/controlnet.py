@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -233,6 +233,8 @@ class ControlNetModel(ConditioningMixin, AttentionMixin, ModelMixin):
 class MultiControlNetModel(ModelMixin):
     """Several ControlNets; what they add is summed."""
 
+    _member: ClassVar[type[ModelMixin]] = ControlNetModel  # in a pipeline's files: what is in folders side by side
+
     def __init__(self, controlnets: Sequence[ControlNetModel]) -> None:
         super().__init__()
         self.nets = nn.ModuleList(controlnets)
@@ -301,15 +303,15 @@ class MultiControlNetModel(ModelMixin):
         Raises:
             CheckpointError: there is none.
         """
-        nets = []
-        for i in count():
-            folder = _numbered(pretrained_model_path or "", i)
-            if not os.path.isdir(folder):
-                break
-            nets.append(ControlNetModel.from_pretrained(folder, **kwargs))
+        nets = [ControlNetModel.from_pretrained(f, **kwargs) for f in cls._folders(pretrained_model_path or "")]
         if not nets:
             raise CheckpointError(f"no control networks in {pretrained_model_path}: expected this folder, and …_1, …_2")
         return cls(nets)
+
+    @staticmethod
+    def _folders(root: str | os.PathLike[str]) -> list[str]:
+        """The folders that there are of ``root``, ``root_1``, ``root_2``, …, up to the first gap."""
+        return list(takewhile(os.path.isdir, (_numbered(root, i) for i in count())))
 
 
 def _numbered(folder: str | os.PathLike[str], i: int) -> str:

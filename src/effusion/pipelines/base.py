@@ -243,6 +243,7 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
 
     def _after_step(self, step: Step, callback: Any, names: list[str], bar: Any) -> None:
         state = step.state
+        self._current_timestep = step.timestep
         if callback is not None:
             given = {name: read_tensor(state, name) for name in names}
             scale = self._guidance_scale

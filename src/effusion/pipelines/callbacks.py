@@ -19,6 +19,8 @@ _CONDS = {
     "pooled_prompt_embeds": ("pooled", None),
     "negative_pooled_prompt_embeds": ("pooled", "negative"),
     "add_time_ids": ("time_ids", None),
+    "negative_add_time_ids": ("time_ids", "negative"),
+    "add_neg_time_ids": ("time_ids", "negative"),
 }
 _RENAMED = {"w_embedding": "guidance"}
 _MASKS = ("mask", "masked_image_latents")  # once for each branch of guidance, like the conditioning

@@ -12,6 +12,7 @@ from ..core import hub, remote
 from ..core.errors import HubSilent
 from ..weights import names
 from .index import INDEX, present, read_index
+from .members import folders_to_fetch
 
 _SMALL = (".json", ".txt", ".model", ".jinja", ".vocab", ".merges")
 
@@ -77,7 +78,8 @@ def download(
     if files is None:  # nothing but the cache to go by
         return path.parent
     parts = [name for name in present(index) if name not in set(passed or ())]
-    chosen = [INDEX, *(f for part in parts for f in choose_files(files, part, variant, use_safetensors))]
+    wanted = [*parts, *folders_to_fetch(files, index, parts)]
+    chosen = [INDEX, *(f for part in wanted for f in choose_files(files, part, variant, use_safetensors))]
     if trust_remote_code:  # code that the index names: the pipeline's, and that of components
         folders = {"", *parts}
         chosen += [f for f in files if f.endswith(".py") and f.rpartition("/")[0] in folders]

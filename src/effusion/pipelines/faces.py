@@ -18,6 +18,16 @@ FACES: dict[str, dict[str, str]] = {
         "image2image": "StableDiffusionXLImg2ImgPipeline",
         "inpaint": "StableDiffusionXLInpaintPipeline",
     },
+    "stable-diffusion-controlnet": {
+        "text2image": "StableDiffusionControlNetPipeline",
+        "image2image": "StableDiffusionControlNetImg2ImgPipeline",
+        "inpaint": "StableDiffusionControlNetInpaintPipeline",
+    },
+    "stable-diffusion-xl-controlnet": {
+        "text2image": "StableDiffusionXLControlNetPipeline",
+        "image2image": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "inpaint": "StableDiffusionXLControlNetInpaintPipeline",
+    },
     "stable-diffusion-3": {
         "text2image": "StableDiffusion3Pipeline",
         "image2image": "StableDiffusion3Img2ImgPipeline",

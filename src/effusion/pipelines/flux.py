@@ -10,10 +10,14 @@ from torch import Tensor
 from ..families import flux, flux_text
 from .base import DiffusionPipeline
 from .facts import current_timestep, fact, latent_channels, live, tokenizer_max_length
+from .methods.checks import checks
+from .methods.control import PreparesTensor
+from .methods.text import FluxImages, FluxText
+from .methods.tokens import FluxFilling, FluxFromImage, FluxFromNoise, FluxInsideMask, FluxReference
 from .outputs import FluxPipelineOutput
 
 
-class FluxBase(DiffusionPipeline):
+class FluxBase(FluxText):
     """What the faces of FLUX.1 share: components and ``encode_prompt``."""
 
     family = flux.FLUX
@@ -64,7 +68,7 @@ class FluxBase(DiffusionPipeline):
         return tokens, positive.pooled, torch.zeros(tokens.shape[1], 3, device=tokens.device, dtype=tokens.dtype)
 
 
-class FluxGuidedBase(FluxBase):
+class FluxGuidedBase(FluxImages, FluxBase):
     """Those faces that also have room for an image encoder."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->transformer->vae"
@@ -86,10 +90,15 @@ class FluxGuidedBase(FluxBase):
         self._register(locals())
 
 
-class FluxPipeline(FluxGuidedBase):
+class FluxPipeline(FluxFromNoise, FluxGuidedBase):
     """Text to image with FLUX.1."""
 
     task = "text2image"
+    check_inputs = checks(
+        "prompt, prompt_2, height, width, negative_prompt=None, negative_prompt_2=None, prompt_embeds=None, "
+        "negative_prompt_embeds=None, pooled_prompt_embeds=None, negative_pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -125,10 +134,16 @@ class FluxPipeline(FluxGuidedBase):
         return self._generate(locals())
 
 
-class FluxImg2ImgPipeline(FluxGuidedBase):
+class FluxImg2ImgPipeline(FluxFromImage, FluxGuidedBase):
     """Image to image with FLUX.1."""
 
     task = "image2image"
+    check_inputs = checks(
+        "prompt, prompt_2, strength, height, width, negative_prompt=None, negative_prompt_2=None, "
+        "prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -166,10 +181,16 @@ class FluxImg2ImgPipeline(FluxGuidedBase):
         return self._generate(locals())
 
 
-class FluxInpaintPipeline(FluxGuidedBase):
+class FluxInpaintPipeline(FluxInsideMask, FluxGuidedBase):
     """Inpainting with an ordinary FLUX.1."""
 
     task = "inpaint"
+    check_inputs = checks(
+        "prompt, prompt_2, image, mask_image, strength, height, width, output_type, negative_prompt=None, "
+        "negative_prompt_2=None, prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, padding_mask_crop=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -210,10 +231,15 @@ class FluxInpaintPipeline(FluxGuidedBase):
         return self._generate(locals())
 
 
-class FluxKontextPipeline(FluxGuidedBase):
+class FluxKontextPipeline(FluxReference, FluxGuidedBase):
     """Editing with FLUX.1 Kontext: a reference picture and an instruction."""
 
     task = "kontext"
+    check_inputs = checks(
+        "prompt, prompt_2, height, width, negative_prompt=None, negative_prompt_2=None, prompt_embeds=None, "
+        "negative_prompt_embeds=None, pooled_prompt_embeds=None, negative_pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -252,10 +278,15 @@ class FluxKontextPipeline(FluxGuidedBase):
         return self._generate(locals())
 
 
-class FluxFillPipeline(FluxBase):
+class FluxFillPipeline(FluxFilling, FluxBase):
     """Inpainting and outpainting with FLUX.1 Fill."""
 
     task = "fill"
+    check_inputs = checks(
+        "prompt, prompt_2, strength, height, width, prompt_embeds=None, pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None, image=None, mask_image=None, "
+        "masked_image_latents=None"
+    )
 
     def __call__(
         self,
@@ -286,10 +317,14 @@ class FluxFillPipeline(FluxBase):
         return self._generate(locals())
 
 
-class FluxControlPipeline(FluxBase):
+class FluxControlPipeline(FluxFromNoise, PreparesTensor, FluxBase):
     """Pictures that follow edges or depth, with FLUX.1 Canny or Depth."""
 
     task = "control"
+    check_inputs = checks(
+        "prompt, prompt_2, height, width, prompt_embeds=None, pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -317,10 +352,14 @@ class FluxControlPipeline(FluxBase):
         return self._generate(locals())
 
 
-class FluxControlImg2ImgPipeline(FluxBase):
+class FluxControlImg2ImgPipeline(FluxFromImage, PreparesTensor, FluxBase):
     """Image to image that follows edges or depth."""
 
     task = "control_image2image"
+    check_inputs = checks(
+        "prompt, prompt_2, strength, height, width, prompt_embeds=None, pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -350,10 +389,14 @@ class FluxControlImg2ImgPipeline(FluxBase):
         return self._generate(locals())
 
 
-class FluxControlInpaintPipeline(FluxBase):
+class FluxControlInpaintPipeline(FluxInsideMask, PreparesTensor, FluxBase):
     """Inpainting that follows edges or depth."""
 
     task = "control_inpaint"
+    check_inputs = checks(
+        "prompt, prompt_2, strength, height, width, prompt_embeds=None, pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,

@@ -13,6 +13,10 @@ from ..models.controlnet_flux import FluxMultiControlNetModel
 from .base import DiffusionPipeline
 from .facts import tokenizer_max_length
 from .flux import FluxBase
+from .methods.checks import checks
+from .methods.control import PreparesTensor
+from .methods.text import FluxImages, FluxText
+from .methods.tokens import FluxFromImage, FluxFromNoise, FluxInsideMask
 from .outputs import FluxPriorReduxPipelineOutput
 
 
@@ -38,12 +42,17 @@ class FluxControlNetBase(FluxBase):
         self._register(locals())
 
 
-class FluxControlNetPipeline(FluxControlNetBase):
+class FluxControlNetPipeline(FluxFromNoise, FluxImages, PreparesTensor, FluxControlNetBase):
     """Text to image with FLUX.1 and control networks."""
 
     task = "controlnet"
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->transformer->vae"
     _optional_components = ["image_encoder", "feature_extractor"]
+    check_inputs = checks(
+        "prompt, prompt_2, height, width, negative_prompt=None, negative_prompt_2=None, prompt_embeds=None, "
+        "negative_prompt_embeds=None, pooled_prompt_embeds=None, negative_pooled_prompt_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __init__(
         self,
@@ -102,10 +111,14 @@ class FluxControlNetPipeline(FluxControlNetBase):
         return self._generate(locals())
 
 
-class FluxControlNetImg2ImgPipeline(FluxControlNetBase):
+class FluxControlNetImg2ImgPipeline(FluxFromImage, PreparesTensor, FluxControlNetBase):
     """Image to image with FLUX.1 and control networks."""
 
     task = "controlnet_image2image"
+    check_inputs = checks(
+        "prompt, prompt_2, strength, height, width, callback_on_step_end_tensor_inputs, prompt_embeds=None, "
+        "pooled_prompt_embeds=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -139,11 +152,16 @@ class FluxControlNetImg2ImgPipeline(FluxControlNetBase):
         return self._generate(locals())
 
 
-class FluxControlNetInpaintPipeline(FluxControlNetBase):
+class FluxControlNetInpaintPipeline(FluxInsideMask, PreparesTensor, FluxControlNetBase):
     """Inpainting with FLUX.1 and control networks."""
 
     task = "controlnet_inpaint"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "control_image", "mask", "masked_image_latents"]
+    check_inputs = checks(
+        "prompt, prompt_2, image, mask_image, strength, height, width, output_type, prompt_embeds=None, "
+        "pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, padding_mask_crop=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -180,7 +198,7 @@ class FluxControlNetInpaintPipeline(FluxControlNetBase):
         return self._generate(locals())
 
 
-class FluxPriorReduxPipeline(DiffusionPipeline):
+class FluxPriorReduxPipeline(FluxText):
     """FLUX.1 Redux: pictures as a prompt for :class:`~effusion.FluxPipeline`."""
 
     family = flux.FLUX
@@ -231,6 +249,25 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
         states = self.image_encoder(**pixels).last_hidden_state
         return states.repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[no-any-return]
 
+    def check_inputs(
+        self,
+        image: Any,
+        prompt: Any,
+        prompt_2: Any,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        prompt_embeds_scale: Any = 1.0,
+        pooled_prompt_embeds_scale: Any = 1.0,
+    ) -> None:
+        """Raise ``ValueError`` for both forms of prompt, or not as many prompts or scales as pictures."""
+        if (prompt is not None or prompt_2 is not None) and prompt_embeds is not None:
+            raise ValueError("both `prompt` and `prompt_embeds` were given; give one of them")
+        count = _count(image)
+        if isinstance(prompt, (list, tuple)) and len(prompt) != count:
+            raise ValueError(f"{len(prompt)} prompts for {count} pictures: give one, or one for each")
+        for scale in (prompt_embeds_scale, pooled_prompt_embeds_scale):
+            _scales(scale, count)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -248,13 +285,10 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
         Raises:
             ValueError: both forms of prompt, or not as many prompts or scales as pictures.
         """
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError("both `prompt` and `prompt_embeds` were given; give one of them")
-        device = self._execution_device
-        count = len(image) if isinstance(image, (list, tuple)) or torch.is_tensor(image) else 1
-        if isinstance(prompt, (list, tuple)) and len(prompt) != count:
-            raise ValueError(f"{len(prompt)} prompts for {count} pictures: give one, or one for each")
-        scales = [_scales(s, count) for s in (prompt_embeds_scale, pooled_prompt_embeds_scale)]
+        device, count = self._execution_device, _count(image)
+        given = (prompt_embeds, pooled_prompt_embeds, prompt_embeds_scale, pooled_prompt_embeds_scale)
+        self.check_inputs(image, prompt, prompt_2, *given)
+        scales = [_scales(s, count) for s in given[2:]]
         seen = self.image_embedder(self.encode_image(image, device, 1)).image_embeds.to(device)
         if self.text_encoder is None or self.text_encoder_2 is None:
             text = torch.zeros(count, 512, 4096, device=device, dtype=seen.dtype)
@@ -271,6 +305,11 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
         if not return_dict:
             return tokens, pooled
         return FluxPriorReduxPipelineOutput(prompt_embeds=tokens, pooled_prompt_embeds=pooled)
+
+
+def _count(image: Any) -> int:
+    """How many pictures there are."""
+    return len(image) if isinstance(image, (list, tuple)) or torch.is_tensor(image) else 1
 
 
 def _scales(scale: Any, count: int) -> list[float]:

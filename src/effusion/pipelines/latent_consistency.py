@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..families.latent_consistency import LATENT_CONSISTENCY
+from .methods.checks import checks
+from .methods.unet import FromImage, FromNoise
 from .stable_diffusion import StableDiffusionBase
 
 
@@ -24,10 +26,14 @@ class LatentConsistencyBase(StableDiffusionBase):
         return False
 
 
-class LatentConsistencyModelPipeline(LatentConsistencyBase):
+class LatentConsistencyModelPipeline(FromNoise, LatentConsistencyBase):
     """Text to image in a few steps."""
 
     task = "text2image"
+    check_inputs = checks(
+        "prompt, height, width, callback_steps, prompt_embeds=None, ip_adapter_image=None, "
+        "ip_adapter_image_embeds=None, callback_on_step_end_tensor_inputs=None"
+    )
 
     def __call__(
         self,
@@ -56,10 +62,14 @@ class LatentConsistencyModelPipeline(LatentConsistencyBase):
         return self._generate(locals())
 
 
-class LatentConsistencyModelImg2ImgPipeline(LatentConsistencyBase):
+class LatentConsistencyModelImg2ImgPipeline(FromImage, LatentConsistencyBase):
     """Image to image in a few steps."""
 
     task = "image2image"
+    check_inputs = checks(
+        "prompt, strength, callback_steps, prompt_embeds=None, ip_adapter_image=None, "
+        "ip_adapter_image_embeds=None, callback_on_step_end_tensor_inputs=None"
+    )
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from . import downloading
 from .classes import find_component_class, pipeline_class
 from .components import component_names
 from .index import INDEX, read_index
+from .members import has_members, prepare_members
 from .options import PipelineOptions, place
 
 logger = log.get_logger(__name__)
@@ -159,6 +160,8 @@ def prepare(cls: Any, folder: Path, name: str, options: LoadOptions) -> Any:
     if not root.is_dir():
         raise MissingFile(f"{folder}: {INDEX} lists the component {name!r}, but there is no folder of this name")
     hub.check_inside(root, folder)
+    if has_members(cls):
+        return prepare_members(cls, root, options)
     if hasattr(cls, "_prepare"):
         return cls._prepare(root, options)
     if isinstance(cls, type) and issubclass(cls, nn.Module):

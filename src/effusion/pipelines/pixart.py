@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ..families import pixart
-from .base import DiffusionPipeline
+from .methods.checks import checks
+from .methods.text import CaptionText
+from .methods.unet import FromNoise, StepMethods
 from .outputs import ImagePipelineOutput
 
 
-class PixArtBase(DiffusionPipeline):
+class PixArtBase(CaptionText, StepMethods):
     """What the faces of PixArt share: components and ``encode_prompt``."""
 
     family = pixart.PIXART
@@ -34,10 +36,14 @@ class PixArtBase(DiffusionPipeline):
         return positive.tokens, positive.mask, negative.tokens, negative.mask
 
 
-class PixArtAlphaPipeline(PixArtBase):
+class PixArtAlphaPipeline(FromNoise, PixArtBase):
     """Text to image with PixArt-alpha."""
 
     task = "text2image"
+    check_inputs = checks(
+        "prompt, height, width, negative_prompt, callback_steps, prompt_embeds=None, "
+        "negative_prompt_embeds=None, prompt_attention_mask=None, negative_prompt_attention_mask=None"
+    )
 
     def encode_prompt(
         self,
@@ -95,10 +101,14 @@ class PixArtAlphaPipeline(PixArtBase):
         return self._generate(locals())
 
 
-class PixArtSigmaPipeline(PixArtBase):
+class PixArtSigmaPipeline(FromNoise, PixArtBase):
     """Text to image with PixArt-sigma."""
 
     task = "text2image"
+    check_inputs = checks(
+        "prompt, height, width, negative_prompt, callback_steps, prompt_embeds=None, "
+        "negative_prompt_embeds=None, prompt_attention_mask=None, negative_prompt_attention_mask=None"
+    )
 
     def encode_prompt(
         self,

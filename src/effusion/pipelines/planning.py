@@ -17,6 +17,7 @@ from ..weights.prepare import LoadOptions, building
 from . import classes, loading
 from .components import component_names
 from .index import INDEX, read_index
+from .members import build_members, has_members
 from .options import PipelineOptions
 
 SMALL = (".json", ".txt", ".model", ".jinja")  # what configurations, tokenizers and schedulers are made of
@@ -61,8 +62,10 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
     if not (folder / name / "config.json").is_file():
         raise CheckpointError(f"{label} has no config.json")
     with building(cls, label):
-        if hasattr(cls, "load_config"):
-            model: Any = cls.from_config(cls.load_config(folder, subfolder=name))
+        if has_members(cls):
+            model: Any = build_members(cls, folder / name)
+        elif hasattr(cls, "load_config"):
+            model = cls.from_config(cls.load_config(folder, subfolder=name))
         else:
             model = cls(config_of(cls, read_json(folder / name / "config.json"), label)[0])
             model.tie_weights()

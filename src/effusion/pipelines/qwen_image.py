@@ -10,6 +10,8 @@ from torch import Tensor
 from ..families import qwen_image, qwen_image_text
 from .base import DiffusionPipeline
 from .facts import current_timestep, fact, latent_channels, live
+from .methods.checks import checks
+from .methods.qwen import QwenFromImage, QwenFromNoise, QwenInsideMask, QwenReference
 from .outputs import QwenImagePipelineOutput
 
 
@@ -60,10 +62,15 @@ class QwenImageBase(DiffusionPipeline):
         return positive.tokens, positive.mask
 
 
-class QwenImagePipeline(QwenImageBase):
+class QwenImagePipeline(QwenFromNoise, QwenImageBase):
     """Text to image with Qwen-Image."""
 
     task = "text2image"
+    check_inputs = checks(
+        "prompt, height, width, negative_prompt=None, prompt_embeds=None, negative_prompt_embeds=None, "
+        "prompt_embeds_mask=None, negative_prompt_embeds_mask=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -93,10 +100,15 @@ class QwenImagePipeline(QwenImageBase):
         return self._generate(locals())
 
 
-class QwenImageImg2ImgPipeline(QwenImageBase):
+class QwenImageImg2ImgPipeline(QwenFromImage, QwenImageBase):
     """Image to image with Qwen-Image."""
 
     task = "image2image"
+    check_inputs = checks(
+        "prompt, strength, height, width, negative_prompt=None, prompt_embeds=None, "
+        "negative_prompt_embeds=None, prompt_embeds_mask=None, negative_prompt_embeds_mask=None, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -128,10 +140,16 @@ class QwenImageImg2ImgPipeline(QwenImageBase):
         return self._generate(locals())
 
 
-class QwenImageInpaintPipeline(QwenImageBase):
+class QwenImageInpaintPipeline(QwenInsideMask, QwenImageBase):
     """Inpainting with Qwen-Image."""
 
     task = "inpaint"
+    check_inputs = checks(
+        "prompt, image, mask_image, strength, height, width, output_type, negative_prompt=None, "
+        "prompt_embeds=None, negative_prompt_embeds=None, prompt_embeds_mask=None, "
+        "negative_prompt_embeds_mask=None, callback_on_step_end_tensor_inputs=None, padding_mask_crop=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -166,12 +184,17 @@ class QwenImageInpaintPipeline(QwenImageBase):
         return self._generate(locals())
 
 
-class QwenImageEditPipeline(QwenImageBase):
+class QwenImageEditPipeline(QwenReference, QwenImageBase):
     """Editing with Qwen-Image-Edit: a picture and an instruction."""
 
     task = "edit"
     _template = qwen_image_text.EDIT
     default_sample_size = 128  # nothing reads it: the size is that of the picture
+    check_inputs = checks(
+        "prompt, height, width, negative_prompt=None, prompt_embeds=None, negative_prompt_embeds=None, "
+        "prompt_embeds_mask=None, negative_prompt_embeds_mask=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __init__(
         self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, processor: Any, transformer: Any

@@ -12,14 +12,16 @@ from torch import Tensor
 from ..core import lazy, log
 from ..core.types import State
 from ..families import stable_diffusion as sd
-from .base import DiffusionPipeline
+from .methods.checks import checks
+from .methods.clip import StableDiffusionMethods
+from .methods.unet import FromImage, FromNoise, InsideMask
 from .mixins import StableDiffusionMixin
 from .outputs import StableDiffusionPipelineOutput
 
 logger = log.get_logger(__name__)
 
 
-class StableDiffusionBase(StableDiffusionMixin, DiffusionPipeline):
+class StableDiffusionBase(StableDiffusionMixin, StableDiffusionMethods):
     """What the faces of Stable Diffusion share: components and ``encode_prompt``."""
 
     family = sd.STABLE_DIFFUSION
@@ -44,8 +46,7 @@ class StableDiffusionBase(StableDiffusionMixin, DiffusionPipeline):
         requires_safety_checker: bool = True,
     ) -> None:
         super().__init__()
-        if safety_checker is not None and feature_extractor is None:
-            raise ValueError("a `safety_checker` needs a `feature_extractor`; give both, or neither")
+        check_safety_parts(safety_checker, feature_extractor)
         _put_right(scheduler, self._scheduler_settings)
         if self._scheduler_settings and _is_older(unet, (0, 9)) and unet.config.sample_size < 64:
             _put_right(unet, {"sample_size": 64})
@@ -78,6 +79,11 @@ class StableDiffusionBase(StableDiffusionMixin, DiffusionPipeline):
         return self.output_class(images=state.images, nsfw_content_detected=flags)
 
 
+def check_safety_parts(safety_checker: Any, feature_extractor: Any) -> None:
+    if safety_checker is not None and feature_extractor is None:
+        raise ValueError("a `safety_checker` needs a `feature_extractor`; give both, or neither")
+
+
 def _put_right(component: Any, settings: Mapping[str, Any]) -> None:
     """Change entries of the configuration that files of old have wrong, as the ecosystem does."""
     config = getattr(component, "config", {})
@@ -95,10 +101,15 @@ def _is_older(component: Any, version: tuple[int, int]) -> bool:
     return found is not None and (int(found[1]), int(found[2])) < version
 
 
-class StableDiffusionPipeline(StableDiffusionBase):
+class StableDiffusionPipeline(FromNoise, StableDiffusionBase):
     """Text to image with Stable Diffusion 1.x and 2.x."""
 
     task = "text2image"
+    check_inputs = checks(
+        "prompt, height, width, callback_steps, negative_prompt=None, prompt_embeds=None, "
+        "negative_prompt_embeds=None, ip_adapter_image=None, ip_adapter_image_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None"
+    )
 
     def __call__(
         self,
@@ -131,10 +142,15 @@ class StableDiffusionPipeline(StableDiffusionBase):
         return self._generate(locals())
 
 
-class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
+class StableDiffusionImg2ImgPipeline(FromImage, StableDiffusionBase):
     """Image to image with Stable Diffusion 1.x and 2.x (SDEdit, Meng et al. 2021)."""
 
     task = "image2image"
+    check_inputs = checks(
+        "prompt, strength, callback_steps, negative_prompt=None, prompt_embeds=None, "
+        "negative_prompt_embeds=None, ip_adapter_image=None, ip_adapter_image_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None"
+    )
 
     def __call__(
         self,
@@ -165,12 +181,17 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         return self._generate(locals())
 
 
-class StableDiffusionInpaintPipeline(StableDiffusionBase):
+class StableDiffusionInpaintPipeline(InsideMask, StableDiffusionBase):
     """Inpainting with Stable Diffusion 1.x and 2.x, with 9-channel networks and with ordinary ones."""
 
     task = "inpaint"
     _scheduler_settings = {"steps_offset": 1, "skip_prk_steps": True}
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
+    check_inputs = checks(
+        "prompt, image, mask_image, height, width, strength, callback_steps, output_type, "
+        "negative_prompt=None, prompt_embeds=None, negative_prompt_embeds=None, ip_adapter_image=None, "
+        "ip_adapter_image_embeds=None, callback_on_step_end_tensor_inputs=None, padding_mask_crop=None"
+    )
 
     def __call__(
         self,

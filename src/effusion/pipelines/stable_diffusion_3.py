@@ -9,12 +9,15 @@ from torch import Tensor
 
 from ..families import stable_diffusion_3 as sd3
 from ..families.stable_diffusion_3_text import encode
-from .base import DiffusionPipeline
 from .facts import live, native_size, patch_size, tokenizer_max_length
+from .methods.checks import checks
+from .methods.sd3 import InsideMask3
+from .methods.text import StableDiffusion3Text
+from .methods.unet import FromImage, FromNoise
 from .outputs import StableDiffusion3PipelineOutput
 
 
-class StableDiffusion3Base(DiffusionPipeline):
+class StableDiffusion3Base(StableDiffusion3Text):
     """What the faces of Stable Diffusion 3 share: components and ``encode_prompt``."""
 
     family = sd3.STABLE_DIFFUSION_3
@@ -79,11 +82,17 @@ class StableDiffusion3Base(DiffusionPipeline):
         return positive.tokens, negative.tokens, positive.pooled, negative.pooled
 
 
-class StableDiffusion3Pipeline(StableDiffusion3Base):
+class StableDiffusion3Pipeline(FromNoise, StableDiffusion3Base):
     """Text to image with Stable Diffusion 3."""
 
     task = "text2image"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+    check_inputs = checks(
+        "prompt, prompt_2, prompt_3, height, width, negative_prompt=None, negative_prompt_2=None, "
+        "negative_prompt_3=None, prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -124,10 +133,16 @@ class StableDiffusion3Pipeline(StableDiffusion3Base):
         return self._generate(locals())
 
 
-class StableDiffusion3Img2ImgPipeline(StableDiffusion3Base):
+class StableDiffusion3Img2ImgPipeline(FromImage, StableDiffusion3Base):
     """Image to image with Stable Diffusion 3."""
 
     task = "image2image"
+    check_inputs = checks(
+        "prompt, prompt_2, prompt_3, height, width, strength, negative_prompt=None, negative_prompt_2=None, "
+        "negative_prompt_3=None, prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -166,10 +181,16 @@ class StableDiffusion3Img2ImgPipeline(StableDiffusion3Base):
         return self._generate(locals())
 
 
-class StableDiffusion3InpaintPipeline(StableDiffusion3Base):
+class StableDiffusion3InpaintPipeline(InsideMask3, StableDiffusion3Base):
     """Inpainting with Stable Diffusion 3."""
 
     task = "inpaint"
+    check_inputs = checks(
+        "prompt, prompt_2, prompt_3, height, width, strength, negative_prompt=None, negative_prompt_2=None, "
+        "negative_prompt_3=None, prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,

@@ -10,6 +10,10 @@ from ..blocks.images import VaeImageProcessor
 from ..models.controlnet_sd3 import SD3MultiControlNetModel
 from .base import DiffusionPipeline
 from .facts import fact
+from .methods.checks import checks
+from .methods.control import PreparesTensor
+from .methods.sd3 import PreparesImageAndMask
+from .methods.unet import FromNoise
 from .stable_diffusion_3 import StableDiffusion3Base
 
 
@@ -37,10 +41,16 @@ class StableDiffusion3ControlNetBase(StableDiffusion3Base):
         self._register(locals())
 
 
-class StableDiffusion3ControlNetPipeline(StableDiffusion3ControlNetBase):
+class StableDiffusion3ControlNetPipeline(FromNoise, PreparesTensor, StableDiffusion3ControlNetBase):
     """Text to image with Stable Diffusion 3 and control networks."""
 
     task = "controlnet"
+    check_inputs = checks(
+        "prompt, prompt_2, prompt_3, height, width, negative_prompt=None, negative_prompt_2=None, "
+        "negative_prompt_3=None, prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, callback_on_step_end_tensor_inputs=None, "
+        "max_sequence_length=None"
+    )
 
     def __call__(
         self,
@@ -81,10 +91,17 @@ class StableDiffusion3ControlNetPipeline(StableDiffusion3ControlNetBase):
         return self._generate(locals())
 
 
-class StableDiffusion3ControlNetInpaintingPipeline(StableDiffusion3ControlNetBase):
+class StableDiffusion3ControlNetInpaintingPipeline(FromNoise, PreparesImageAndMask, StableDiffusion3ControlNetBase):
     """Inpainting with Stable Diffusion 3 and an inpainting control network."""
 
     task = "controlnet_inpaint"
+    check_inputs = checks(
+        "height, width, image, prompt, prompt_2, prompt_3, negative_prompt=None, negative_prompt_2=None, "
+        "negative_prompt_3=None, prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, ip_adapter_image=None, ip_adapter_image_embeds=None, "
+        "controlnet_conditioning_scale=1.0, control_guidance_start=0.0, control_guidance_end=1.0, "
+        "callback_on_step_end_tensor_inputs=None, max_sequence_length=None"
+    )
 
     @fact
     def image_processor(self) -> VaeImageProcessor:

@@ -10,15 +10,17 @@ from torch import Tensor
 from ..blocks.watermark import watermarker
 from ..core.optional import is_available
 from ..families import stable_diffusion_xl as sdxl
-from .base import DiffusionPipeline
 from .facts import fact, live, native_size
+from .methods.checks import checks
+from .methods.clip import ScoredSizeIds, SizeIds, XLMethods
+from .methods.unet import ByStrengthOrFraction, FromImageOrLatents, FromNoise, InsideMaskOrLatents
 from .mixins import StableDiffusionMixin
 from .outputs import StableDiffusionXLPipelineOutput
 
 Size = tuple[int, int]
 
 
-class StableDiffusionXLBase(StableDiffusionMixin, DiffusionPipeline):
+class StableDiffusionXLBase(StableDiffusionMixin, XLMethods):
     """What the faces of Stable Diffusion XL share: components and ``encode_prompt``."""
 
     family = sdxl.STABLE_DIFFUSION_XL
@@ -80,11 +82,17 @@ class StableDiffusionXLBase(StableDiffusionMixin, DiffusionPipeline):
         return positive.tokens, negative.tokens, positive.pooled, negative.pooled
 
 
-class StableDiffusionXLPipeline(StableDiffusionXLBase):
+class StableDiffusionXLPipeline(FromNoise, SizeIds, StableDiffusionXLBase):
     """Text to image with Stable Diffusion XL; ``denoising_end`` hands over to a refiner."""
 
     task = "text2image"
     default_sample_size = native_size("unet")
+    check_inputs = checks(
+        "prompt, prompt_2, height, width, callback_steps, negative_prompt=None, negative_prompt_2=None, "
+        "prompt_embeds=None, negative_prompt_embeds=None, pooled_prompt_embeds=None, "
+        "negative_pooled_prompt_embeds=None, ip_adapter_image=None, ip_adapter_image_embeds=None, "
+        "callback_on_step_end_tensor_inputs=None"
+    )
 
     def __init__(
         self,
@@ -145,10 +153,15 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase):
         return self._generate(locals())
 
 
-class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase):
+class StableDiffusionXLImg2ImgPipeline(FromImageOrLatents, ByStrengthOrFraction, ScoredSizeIds, StableDiffusionXLBase):
     """Image to image with Stable Diffusion XL; with ``denoising_start`` it refines half-denoised latents."""
 
     task = "image2image"
+    check_inputs = checks(
+        "prompt, prompt_2, strength, num_inference_steps, callback_steps, negative_prompt=None, "
+        "negative_prompt_2=None, prompt_embeds=None, negative_prompt_embeds=None, ip_adapter_image=None, "
+        "ip_adapter_image_embeds=None, callback_on_step_end_tensor_inputs=None"
+    )
 
     def __init__(
         self,
@@ -213,11 +226,17 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase):
         return self._generate(locals())
 
 
-class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase):
+class StableDiffusionXLInpaintPipeline(InsideMaskOrLatents, ScoredSizeIds, StableDiffusionXLBase):
     """Inpainting with Stable Diffusion XL, with 9-channel networks and with ordinary ones."""
 
     task = "inpaint"
     _callback_tensor_inputs = [*StableDiffusionXLBase._callback_tensor_inputs, "mask", "masked_image_latents"]
+    check_inputs = checks(
+        "prompt, prompt_2, image, mask_image, height, width, strength, callback_steps, output_type, "
+        "negative_prompt=None, negative_prompt_2=None, prompt_embeds=None, negative_prompt_embeds=None, "
+        "ip_adapter_image=None, ip_adapter_image_embeds=None, callback_on_step_end_tensor_inputs=None, "
+        "padding_mask_crop=None"
+    )
 
     def __init__(
         self,

@@ -115,7 +115,7 @@ def expect(
     if "prompt" in taken and not {"prompt", "prompt_embeds"} & set(arguments):
         arguments["prompt"] = [""] * int(call["batch_size"])
         arguments.pop("num_images_per_prompt", None)  # counted with the batch
-    arguments = {**_pictures(taken, call), **arguments}
+    arguments = {**_pictures(pipe, taken, call), **arguments}
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.__dict__["_progress_bar_config"] = {"disable": True}
     loops: list[Callable[[], Any]] = []
@@ -136,15 +136,20 @@ def expect(
     return Expectation(networks, needs, size, steps, device, mappings, uncast, loops[0] if loops else None)
 
 
-def _pictures(taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
-    """Blank pictures for the tasks that start from one."""
+def _pictures(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Blank pictures for the tasks that start from one; several control networks look at one each."""
     from PIL import Image
 
     size = (int(call["width"] or 512), int(call["height"] or 512))
-    names = [n for n in ("image", "mask_image", "control_image") if n in taken]
+    names = [n for n in ("image", "mask_image", "control_image", "control_mask") if n in taken]
     if "image" not in names and "control_image" not in names:
         return {}
-    return {n: Image.new("L" if n == "mask_image" else "RGB", size) for n in names}
+    found: dict[str, Any] = {n: Image.new("L" if "mask" in n else "RGB", size) for n in names}
+    nets = getattr(pipe.components.get("controlnet"), "nets", None)
+    if nets is not None:
+        control = "control_image" if "control_image" in names else "image"
+        found[control] = [found[control]] * len(nets)
+    return found
 
 
 def asked(inputs: Mapping[str, Any]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -187,6 +187,29 @@ _REASONS = (
     TypeError,
     ValueError,
 )
+
+
+@dataclass
+class Several(Prepared[Model]):
+    """A network that is made of others, each with a checkpoint of its own."""
+
+    parts: tuple[Prepared[Any], ...] = ()
+
+    @classmethod
+    def together(cls, model: Any, parts: Sequence[Prepared[Any]]) -> Several[Any]:
+        """``model``, of which the models of ``parts`` are parts; all were prepared with the same options."""
+        first = parts[0]
+        return cls(model, first.checkpoint, first.match, first.options, tuple(parts))
+
+    @property
+    def sure(self) -> bool:
+        return all(part.sure for part in self.parts)
+
+    def build(self) -> Model:
+        for part in self.parts:
+            part.options = self.options
+            part.build()
+        return self.model.eval()
 
 
 @contextmanager
