@@ -18,8 +18,9 @@ from ..core.errors import PlanConflict
 from .compiling import set_eval_frame, skip_code
 
 if TYPE_CHECKING:
-    from .engine import Engine, Unit
+    from .engine import Engine
     from .transform import Transform
+    from .unit import Unit
 
 MISS = object()  # what a table says that has no answer
 ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")  # methods that start work without a call
