@@ -40,6 +40,7 @@ class Work:
     calls: int = 0
     flops: float = 0.0
     moved: float = 0.0
+    turns: int = 0  # how often another component had been called before
 
     def add(self, flops: float, moved: float) -> None:
         self.flops += flops
@@ -75,6 +76,7 @@ class Rehearsed:
             self.passes(steps),
             self.once.flops + further * self.each.flops,
             self.once.moved + further * self.each.moved,
+            self.once.turns + further * self.each.turns,
         )
 
 
@@ -163,6 +165,7 @@ class _Steps:
 
     def __init__(self) -> None:
         self.done = 0
+        self.last = ""  # the component that was called last
 
     @contextmanager
     def of(self, scheduler: Any) -> Iterator[None]:
@@ -198,6 +201,8 @@ def _rehearsing(
             result = found.setdefault(name, Rehearsed())
             work = result.each if steps.done == 1 else result.once
             work.calls += 1
+            work.turns += steps.last != name
+            steps.last = name
             with _set_aside(placed):
                 return _call(module, method, args, kwargs, result, device, work)
 
