@@ -10,8 +10,8 @@ import torch
 
 import effusion
 from effusion.placement.engine import engine_of
-from effusion.placement.hoisting import Hoisting
 from effusion.placement.lender import MISS
+from effusion.placement.table import Hoisting
 
 from . import test_parity, test_transformer_parity
 from .conftest import Pipes

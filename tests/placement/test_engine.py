@@ -274,7 +274,7 @@ def test_nothing_grows_over_fifty_calls(tmp_path: Path) -> None:
         engine = engine_of(module)
         assert engine is not None
         known = sum(len(u.known) for u in engine.units)
-        return len(engine._next), known, lane.lane_to(torch.device("cpu")).held, len(gc.get_objects()) // 500
+        return len(engine.order.next), known, lane.lane_to(torch.device("cpu")).held, len(gc.get_objects()) // 500
 
     with torch.no_grad():
         for _ in range(5):

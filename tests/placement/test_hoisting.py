@@ -14,8 +14,8 @@ from torch import nn
 from effusion.placement import hoisting, patches
 from effusion.placement.engine import engine_of
 from effusion.placement.foresight import Foresight, Known, NoWeights, Unforeseen
-from effusion.placement.hoisting import Hoisting
 from effusion.placement.lender import MISS
+from effusion.placement.table import Hoisting
 
 from . import tiny_pipelines as tiny
 from .conftest import travel_always

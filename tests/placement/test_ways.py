@@ -39,11 +39,9 @@ def pipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made.remove_all_hooks()
 
 
-def run(pipe: Any) -> torch.Tensor:
-    out: torch.Tensor = pipe(
-        "a cat", height=SIZE, width=SIZE, num_inference_steps=STEPS, output_type="pt",
-        generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
+def run(pipe: Any, **more: Any) -> torch.Tensor:
+    call = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "output_type": "pt", **more}
+    out: torch.Tensor = pipe("a cat", **call, generator=torch.Generator().manual_seed(3)).images
     return out
 
 
@@ -69,6 +67,47 @@ def test_a_plan_leaves_out_of_the_loop_what_it_need_not_stream(pipe: Any) -> Non
     engine = engine_of(pipe.transformer)
     assert engine is None or engine.hoisting is None
     assert torch.equal(run(pipe), wanted)
+
+
+def test_what_cant_be_left_out_of_the_loop_after_all(pipe: Any) -> None:
+    """A hook was added since: weights are in the loop again, so another plan is made, that keeps the budget too."""
+    wanted = run(pipe)
+    plan = pipe.fit(tight(pipe), **CALL)
+    assert plan.switches["hoist"] == ["transformer"]
+    handle = pipe.transformer.register_forward_hook(lambda *_: None)
+    assert torch.equal(run(pipe), wanted)
+    report = pipe.memory_report()
+    assert any("transformer: FluxTransformer2DModel has hooks" in note for note in report.notes)
+    assert "hoist" not in report.plan.switches and report.plan.peak <= report.plan.budget == plan.budget
+    before = pipe._plan
+    assert torch.equal(run(pipe), wanted) and pipe._plan is before
+    handle.remove()
+
+
+def test_more_steps_are_a_larger_table(pipe: Any) -> None:
+    pipe.fit(tight(pipe), **CALL)
+    run(pipe, num_inference_steps=3)
+    assert pipe._plan.call["num_inference_steps"] == 3
+
+
+def test_hoisted_again_after_memory_ran_out(pipe: Any) -> None:
+    wanted = run(pipe)
+    pipe.fit(tight(pipe), **CALL)
+    net, tables = pipe.transformer, list[bool]()
+    forward = net.proj_out.forward
+
+    def fails(*args: Any) -> Any:
+        engine = engine_of(net)
+        if args[0].device.type == "cpu" and type(args[0]) is torch.Tensor:
+            tables.append(engine is not None and engine.hoisting is not None)
+            if len(tables) == 2:
+                raise torch.OutOfMemoryError("no room")
+        return forward(*args)
+
+    net.proj_out.forward = fails
+    assert torch.equal(run(pipe), wanted)
+    del net.proj_out.forward
+    assert tables == [False, True, False, True, True], "the weights stayed in the loop"  # foreseen, and again
 
 
 def test_hoisting_lowers_the_least_budget_and_the_error_says_so(pipe: Any) -> None:
@@ -106,6 +145,55 @@ def test_weights_rest_in_smaller_forms_only_when_asked_for(pipe: Any, folder: Pa
     assert torch.equal(run(pipe), wanted)
     spans = Mappings()
     assert all(spans.span(p) is not None for p in pipe.transformer.parameters()), "they don't rest in their file again"
+
+
+def test_from_streaming_to_smaller_forms_and_from_one_to_another(pipe: Any) -> None:
+    """Every plan replaces the one before, whatever travelled and however weights rested; the last is exact again."""
+    wanted = run(pipe)
+    everything = sum(p.nbytes for m in pipe.modules.values() for p in m.parameters())
+    needed = max(s.activations + s.workspaces for s in pipe.plan("4GB", **CALL).stages)
+    assert any(row.travels for row in pipe.fit(tight(pipe), **CALL).rows)
+    pictures = {}
+    for quality, share in (("near", 0.8), ("lossy", 0.5), ("near", 0.8), ("lossy", 0.5)):
+        plan = pipe.fit(int(needed + share * everything), quality=quality, **CALL)
+        assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == getattr(
+            torch, plan.switches["storage_dtype"]
+        )
+        assert any(plan.switches["storage_dtype"] in note for note in plan.notes)
+        assert torch.equal(run(pipe), pictures.setdefault(quality, run(pipe)))
+    assert not torch.equal(pictures["near"], pictures["lossy"])
+    pipe.fit(tight(pipe), **CALL)
+    assert torch.equal(run(pipe), wanted)
+
+
+def test_casting_by_hand_under_a_plan_that_streams(pipe: Any, folder: Path) -> None:
+    cast = effusion.DiffusionPipeline.from_pretrained(folder)
+    cast.set_progress_bar_config(disable=True)
+    plan = pipe.fit(tight(pipe), **CALL)
+    assert any(row.travels for row in plan.rows)
+    for each in (pipe, cast):
+        each.enable_layerwise_casting(torch.float8_e4m3fn, exclude_modules="vae")
+    assert torch.equal(run(pipe), run(cast))
+    for each in (pipe, cast):
+        each.to(torch.bfloat16)
+    assert torch.equal(run(pipe), run(cast))
+
+
+@pytest.mark.parametrize("quality", ["near", "lossy"])
+def test_another_dtype_under_a_plan_with_smaller_forms(pipe: Any, folder: Path, quality: str) -> None:
+    """Casts compute in the new dtype, and what they are undone to has it as well."""
+    everything = sum(p.nbytes for m in pipe.modules.values() for p in m.parameters())
+    needed = max(s.activations + s.workspaces for s in pipe.plan("4GB", **CALL).stages)
+    plan = pipe.fit(int(needed + (0.8 if quality == "near" else 0.5) * everything), quality=quality, **CALL)
+    assert "storage_dtype" in plan.switches
+    pipe.to(torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16
+    run(pipe)
+    pipe.fit("4GB", **CALL)
+    assert {p.dtype for m in pipe.modules.values() for p in m.parameters()} == {torch.bfloat16}
+    plain = effusion.DiffusionPipeline.from_pretrained(folder).to(torch.bfloat16)
+    plain.set_progress_bar_config(disable=True)
+    assert torch.equal(run(pipe), run(plain))
 
 
 def test_another_policy_undoes_the_forms_of_a_plan(pipe: Any) -> None:

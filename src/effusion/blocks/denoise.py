@@ -41,7 +41,8 @@ def denoise(
     ``interrupted``) and the loop goes on with what it finds there.
 
     Args:
-        hoist: is shown the calls of the network that will be made, before they are, and again when conditions changed.
+        hoist: is shown the calls of the network that will be made, before they are, and again when conditions changed
+            or a step begins again.
         rescue: does a step, given its name, the step and what it changes, again if need be.
     """
     model = components[family.denoiser]
@@ -50,10 +51,11 @@ def denoise(
     scale_input = getattr(scheduler, "scale_model_input", lambda x, t: x)
     predictor = Predictor(family, model, state, cross_attention_kwargs or joint_attention_kwargs or attention_kwargs)
     assert state.latents is not None and state.conds is not None
-    seen: tuple[Cond, ...] = ()
+    ahead = LookAhead(hoist, predictor, timesteps)
 
     def advance(index: int, t: Tensor) -> None:
         assert state.latents is not None and state.conds is not None
+        ahead.tries(index)
         done, total = index / len(timesteps), len(timesteps)
         predict = predictor.at(scale_input(state.latents, t), t, (done, (index + 1) / total))
         prediction = state.guider(predict, state.conds, done)
@@ -64,9 +66,7 @@ def denoise(
             state.latents = blend(state.latents, index, timesteps)
 
     for index, t in enumerate(timesteps):
-        if hoist is not None and any(a is not b for a, b in zip_longest(seen, state.conds.values())):
-            seen = tuple(state.conds.values())
-            hoist(partial(foresee, predictor, timesteps, index))
+        ahead.comes_to(index)
         if rescue is None:
             advance(index, t)
         else:
@@ -75,6 +75,29 @@ def denoise(
         yield Step(index, t, len(timesteps), state)
         if state.interrupted:
             break
+
+
+class LookAhead:
+    """Shows ``hoist`` the rest of the loop."""
+
+    def __init__(self, hoist: Any, predictor: Predictor, timesteps: Tensor) -> None:
+        self.hoist, self.predictor, self.timesteps = hoist, predictor, timesteps
+        self._seen: tuple[Cond, ...] = ()  # the conditions that it was shown with
+        self._tried = -1
+
+    def comes_to(self, index: int) -> None:
+        """The step ``index`` is next: it is shown if the conditions are others than before."""
+        conds = tuple((self.predictor.state.conds or {}).values())
+        if self.hoist is not None and any(a is not b for a, b in zip_longest(self._seen, conds)):
+            self._seen = conds
+            self.hoist(partial(foresee, self.predictor, self.timesteps, index))
+
+    def tries(self, index: int) -> None:
+        """The step ``index`` begins: for the second time if memory ran out, and then weights are all back."""
+        if index == self._tried:
+            self._seen = ()
+            self.comes_to(index)
+        self._tried = index
 
 
 def foresee(predictor: Predictor, timesteps: Tensor, start: int = 0) -> None:

@@ -184,7 +184,6 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
             "device": self._execution_device,
             "image_processor": self.image_processor,
             "mask_processor": self.mask_processor,
-            "hoist": self._hoister(),
         }
 
     def stream(self, **inputs: Any) -> Iterator[Step]:
@@ -192,9 +191,8 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
 
         The last step's ``state`` has the result in ``images`` once the iterator is exhausted.
         """
-        state = self._begin(inputs)
-        with torch.no_grad():
-            yield from engine.stream(self.blocks, state, self._context())
+        with self._as_planned(inputs) as run:
+            yield from self._steps(self._begin(inputs), run)
 
     def _begin(self, inputs: Mapping[str, Any]) -> State:
         state = State()
@@ -211,11 +209,11 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
         inputs = {k: v for k, v in arguments.items() if k not in ("self", "kwargs", "__class__")}
         extra: dict[str, Any] = {k: inputs.pop(k) for k in ("callback", "callback_steps") if k in inputs}
         inputs |= self._legacy_callback({**extra, **(arguments.get("kwargs") or {})})
-        with self._as_planned(inputs) as recorder:
-            return self._result(self._run(inputs, recorder))
+        with self._as_planned(inputs) as run:
+            return self._result(self._run(inputs, run))
 
-    def _run(self, inputs: Mapping[str, Any], recorder: Any) -> State:
-        """The blocks in order; callbacks, the bar and ``recorder`` (under a plan) are told of each step."""
+    def _run(self, inputs: Mapping[str, Any], run: Any) -> State:
+        """The blocks in order; callbacks and the bar are told of each step."""
         state = self._begin(inputs)
         callback, names = self._callback_of(state)
         bar: Any = None
@@ -228,18 +226,35 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
 
         try:
             with torch.no_grad():
-                context = {**self._context(), "rescue": self._rescuer(recorder)}
-                for step in engine.stream(self.blocks, state, context, on_block):
+                for step in self._steps(state, run, on_block):
                     self._after_step(step, callback, names, bar)
                     self._current_timestep = _next(state.timesteps, step.index)
-                    if recorder is not None:
-                        recorder.step()
         finally:
             self._current_timestep = None
             if bar is not None:
                 bar.close()
-            self.maybe_free_model_hooks()
         return state
+
+    def _steps(self, state: State, run: Any, on_block: Any = None) -> Iterator[Step]:
+        """The blocks in order, under a plan if ``run`` is one; gradients are off in them, not between steps."""
+
+        def begins(block: engine.Block, state: State) -> None:
+            self._meets(run, state)
+            if on_block is not None:
+                on_block(block, state)
+
+        steps = engine.stream(self.blocks, state, {**self._context(), **self._guards(run)}, begins)
+        try:
+            while True:
+                with torch.no_grad():
+                    step = next(steps, _END)
+                if step is _END:
+                    return
+                yield step
+                if run is not None:
+                    run.step()
+        finally:
+            self.maybe_free_model_hooks()
 
     def _after_step(self, step: Step, callback: Any, names: list[str], bar: Any) -> None:
         state = step.state
@@ -299,6 +314,9 @@ class DiffusionPipeline(PipelineFacts, PendingComponents, PipelineSwitches, Conf
         if not state.get("return_dict", True):
             return values
         return self.output_class(*values)
+
+
+_END: Any = object()  # of a run
 
 
 def _next(timesteps: Any, index: int) -> Any:

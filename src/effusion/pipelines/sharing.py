@@ -35,6 +35,7 @@ def share(cls: Any, pipeline: Any, kwargs: dict[str, Any]) -> Any:
     given, kept = _arguments(cls, pipeline, kwargs)
     made = cls(**given)
     made.register_to_config(**kept)
+    made._borrow_plan(pipeline)
     if dtype is not None:
         made.to(dtype=dtype)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,16 @@ SAMPLE = 1 << 16  # values of a weight that are compared with what they were
 
 Pattern = str | Sequence[str] | None
 Classes = Sequence[type[nn.Module] | str] | None
+
+
+@dataclass(frozen=True)
+class Original:
+    """What a cast weight was before: a slice of a file."""
+
+    span: Span
+    dtype: torch.dtype
+    shape: torch.Size
+    wanted: torch.dtype  # what it would be now if it had not been cast
 
 
 def apply_layerwise_casting(
@@ -145,9 +156,10 @@ def cast(module: nn.Module, layers: Sequence[nn.Module], storage: torch.dtype, c
                 if not tensor.is_floating_point() or tensor.is_meta:
                     continue
                 if tensor.dtype != storage and id(tensor) not in originals:
-                    originals[id(tensor)] = mappings.span(tensor)
-                    if originals[id(tensor)] is not None and slot.name not in transform.casts:
-                        engine.originals[slot.module, slot.name] = (originals[id(tensor)], tensor.dtype, tensor.shape)
+                    span = originals[id(tensor)] = mappings.span(tensor)
+                    if span is not None and slot.name not in transform.casts:
+                        original = Original(span, tensor.dtype, tensor.shape, tensor.dtype)
+                        engine.originals[slot.module, slot.name] = original
                     before = _sample(tensor)
                     _retype(tensor, storage)
                     away += float((_sample(tensor) - before).square().sum())
@@ -165,12 +177,17 @@ def _sample(tensor: Tensor) -> Tensor:
     return flat[:SAMPLE].cpu().double()
 
 
-def uncast(module: nn.Module) -> None:
-    """Undo :func:`cast`: the weights as they were in their file where it is known, else what is stored, decoded."""
+def uncast(module: nn.Module, goes_on: bool = False) -> None:
+    """Undo :func:`cast`: the weights as they were in their file where it is known, else what is stored, decoded.
+
+    Args:
+        goes_on: whether the module will be served on, so that files that weights were written to stay.
+    """
     engine = engine_of(module)
     if engine is None:
         return
     engine.unhoist()
+    engine.planned = None
     with torch.inference_mode(False), torch.no_grad():
         files: dict[int, MappedFile] = {}
         for layer, transform in list(engine.transforms.items()):
@@ -180,8 +197,7 @@ def uncast(module: nn.Module) -> None:
                 assert tensor is not None
                 original = engine.originals.pop((layer, name), None)
                 if original is not None:
-                    span, dtype, shape = original
-                    tensor.data = _mapped(span, dtype, shape, files).to(tensor.device)
+                    tensor.data = _mapped(original, files).to(tensor.device, original.wanted)
                 elif tensor.dtype != compute:
                     _retype(tensor, compute)
             transform.casts = {}
@@ -189,7 +205,8 @@ def uncast(module: nn.Module) -> None:
                 del engine.transforms[layer]
     engine.rehome()
     engine.install()
-    engine.close_if_idle()
+    if not goes_on:
+        engine.close_if_idle()
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
@@ -215,26 +232,34 @@ def _retype(tensor: Tensor, dtype: torch.dtype) -> None:
     tensor.data = tensor.data.to(dtype)
 
 
-def _mapped(span: Span, dtype: torch.dtype, shape: torch.Size, files: dict[int, MappedFile]) -> Tensor:
-    """The tensor in ``span``, mapped once more; the file is named by its descriptor, whatever has its name by now."""
+def _mapped(original: Original, files: dict[int, MappedFile]) -> Tensor:
+    """``original``, mapped once more; the file is named by its descriptor, whatever has its name by now."""
+    span = original.span
     span.file.check()
     path = Path(f"/proc/self/fd/{span.file.fd}")
     if span.file.fd not in files:
         files[span.file.fd] = MappedFile(path)
-    return files[span.file.fd].tensor(TensorSlice(path, span.offset, span.nbytes, dtype, tuple(shape)))
+    return files[span.file.fd].tensor(
+        TensorSlice(path, span.offset, span.nbytes, original.dtype, tuple(original.shape))
+    )
 
 
-def recast(engine: Engine) -> None:
-    """After weights were converted by hand (``half()``): store them small again, and compute in the new dtype.
+def recast(engine: Engine, dtype: torch.dtype | None = None) -> None:
+    """After weights were converted by hand (``half()``), all to ``dtype`` if that is given: store them small again, and
+    compute in the new dtype; that is also what they will be when the cast is undone.
 
     Nothing is lost by that: what was decoded from a smaller dtype is exactly representable in it.
     """
     with torch.inference_mode(False), torch.no_grad():
         for layer, transform in engine.transforms.items():
-            for name, (storage, _) in list(transform.casts.items()):
+            for name, (storage, compute) in list(transform.casts.items()):
                 store = layer._parameters if name in layer._parameters else layer._buffers
                 tensor = store.get(name)
-                if tensor is None or tensor.dtype == storage or tensor.is_meta:
+                if tensor is None or tensor.is_meta:
                     continue
-                transform.casts[name] = (storage, tensor.dtype)
-                _retype(tensor, storage)
+                now = dtype or (tensor.dtype if tensor.dtype != storage else compute)
+                if now != compute and (original := engine.originals.get((layer, name))) is not None:
+                    engine.originals[layer, name] = replace(original, wanted=now)
+                transform.casts[name] = (storage, now)
+                if tensor.dtype != storage:
+                    _retype(tensor, storage)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from . import homes, machine
-from .engine import Unit, engine_for, engine_of
+from .engine import engine_for, engine_of
 from .plan import Row, parse_size
 from .policies import check_free
+from .unit import Unit
 from .units import Group, Slot, all_slots, by_block, called_children, is_called, own_slots
 
 Place = int | str | torch.device

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,70 +19,37 @@ import torch
 from torch import Tensor, nn
 
 from ..core import log
-from ..core.errors import BudgetError, PlanConflict
-from . import homes, machine, pages
-from . import lender as lending
+from . import copying, homes, pages
 from .arena import layout, tensors_in
-from .exhausted import is_out_of_memory
-from .lane import Cargo, Lane, lane_to, version
-from .lender import Lender
+from .fetching import Fetching
+from .lane import Lane, lane_to
 from .lent import lend, writes_unseen
-from .plan import Row
+from .order import Order
 from .rooms import room_on
-from .sources import Mappings, Span, changed_in_memory, give_back_pages
+from .sources import give_back_pages
+from .standing import Standing
 from .transform import Transform
 from .transform import lock as _lock
 from .trees import mapped
-from .units import Group, Slot, is_called, peeking_owners
+from .unit import Unit
+from .units import Group, Slot
 
 if TYPE_CHECKING:
-    from .hoisting import Hoisting
+    from .casting import Original
+    from .table import Hoisting
 
 logger = log.get_logger(__name__)
-CACHE = 75  # percent of the memory that is available which the file cache may count on
 LARGE = 32 << 20  # bytes of a unit for which it is worth asking whether there is room
 COPIES = 6  # of a unit's bytes that computing with it may take: decoded to twice its size, and put into another order
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-@dataclass(eq=False)
-class Unit:
-    """One row of the plan with the slots and triggers it stands for, and the state it is in."""
-
-    row: Row
-    slots: list[Slot]
-    triggers: list[nn.Module]
-    device: torch.device
-    index: int = 0  # in the order of definition
-    depth: int = 0  # calls that need it now
-    cargo: Cargo | None = None  # lent, or kept
-    coming: Cargo | None = None  # fetched ahead
-    put: list[tuple[Slot, Tensor, Tensor]] = field(default_factory=list)  # (slot, resting, lent)
-    in_place: bool = False  # computes from the mapped file; its pages go back when it is dropped
-    outer: bool = False  # modules of other units are called while it is lent
-    known: dict[int, tuple[Tensor, int, Span | None]] = field(default_factory=dict)  # slices found, by slot
-
-    @property
-    def lent(self) -> bool:
-        return bool(self.put) or self.in_place
-
-    @property
-    def maps(self) -> bool:
-        """Whether it computes from the mapped file itself: what is kept on the CPU needs no copy."""
-        return self.row.keep and self.row.home == "disk" and self.device.type == "cpu"
-
-    def knows(self, rest: Tensor) -> bool:
-        """Whether it was asked which file ``rest`` is a slice of, and nothing was written into it since."""
-        known = self.known.get(id(rest))
-        return known is not None and known[0] is rest and known[1] == version(rest)
-
-
-class Engine:
+class Engine(Standing, Fetching):
     """Serves one component according to rows of a plan; see :func:`engine_of` and :mod:`.policies`."""
 
-    def __init__(self, root: nn.Module, name: str = "") -> None:
+    def __init__(self, root: nn.Module) -> None:
         self._root = weakref.ref(root)
-        self.name = name or type(root).__name__
+        self.name = type(root).__name__  # or what a pipeline calls it
         self.units: list[Unit] = []
         self.transforms: dict[nn.Module, Transform] = {}
         self.compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -91,14 +58,11 @@ class Engine:
         self.give_back = False
         self.always_travel = False  # tests: treat the CPU as if it were a device of its own
         self._hooked: list[nn.Module] = []
-        self._next: dict[Any, Unit] = {}  # what came after (a unit before, a unit) the last time
-        self._recent: tuple[Unit | None, Unit | None] = (None, None)
-        self._frontier: tuple[Unit | None, Unit] | None = (
-            None  # the last unit that was fetched ahead, and the one before
-        )
+        self.order = Order()
         self._capacity: dict[torch.device, int] = {}
         self.patches: dict[str, Any] = {}  # name -> patch, see `patches`
-        self.originals: dict[Any, Any] = {}  # (module, name) -> slice of the file that a cast weight came from
+        self.originals: dict[tuple[nn.Module, str], Original] = {}  # of cast weights, by where they are
+        self.planned: tuple[Any, str] | None = None  # the form that a plan has cast to, and a note about it
         self.folder: Any = None  # where weights of the disk are written to
         self.offload: torch.device | None = None
         self.pinned = 0  # bytes
@@ -108,11 +72,11 @@ class Engine:
         _engines.add(self)
         weakref.finalize(self, homes.remove, self._files)
 
-    def __reduce__(self) -> Any:  # copies and pickles of a component are served by nobody
-        return type(None), ()
+    def __reduce__(self) -> Any:
+        return copying.reduced(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine | None:
+        return copying.twin(self, memo)
 
     @property
     def root(self) -> nn.Module:
@@ -147,8 +111,7 @@ class Engine:
         self.settle()
         self.uninstall()
         self.units = units
-        self._next.clear()
-        self._recent, self._frontier = (None, None), None
+        self.order = Order()
         triggers = {id(t) for u in units for t in u.triggers}
         for index, unit in enumerate(units):
             unit.index = index
@@ -156,85 +119,6 @@ class Engine:
             below = {id(m) for t in unit.triggers for m in t.modules()} - own
             unit.outer = bool(below & (triggers - own))
         self.install()
-
-    def install(self) -> None:
-        """Put lenders in front of the modules that need one."""
-        self.uninstall()
-        lenders: dict[nn.Module, Lender] = {}
-        above = _above(self.root)
-
-        def lender_for(module: nn.Module) -> Lender:
-            top = self._outermost_compiled(module, above)
-            if top not in lenders:
-                run = lending.compiled_call(top)
-                lenders[top] = Lender(self, top, run if run is not None else top._call_impl)
-            return lenders[top]
-
-        for unit in self.units:
-            if not self._must_travel(unit):
-                continue
-            for trigger in unit.triggers:
-                lender = lender_for(trigger)
-                if unit not in lender.units:
-                    lender.units.append(unit)
-                if unit.device.type != "cpu":
-                    lender.device, lender.exclude = unit.device, self.exclude
-        peeked = peeking_owners(self.root) if self.transforms else {}
-        for module, transform in self.transforms.items():
-            if transform.idle:
-                continue
-            for place in {module, peeked.get(id(module), ("", module))[1]}:
-                if transform not in lender_for(place).transforms:
-                    lender_for(place).transforms.append(transform)
-        if self.hoisting is not None:
-            for module in (self.root, *self.hoisting.modules):
-                lender_for(module)
-        if self.give_back and self.root not in lenders and lenders:
-            lender_for(self.root)
-        for module, lender in lenders.items():
-            lender.give_back = self.give_back and module is self.root
-            lending.install(lender)
-        self._guard_compile(lenders, above)
-        self._measure()
-
-    def _must_travel(self, unit: Unit) -> bool:
-        return unit.row.travels or self.always_travel or (unit.row.home == "device" and unit.device.type != "cpu")
-
-    def _outermost_compiled(self, module: nn.Module, above: dict[nn.Module, nn.Module]) -> nn.Module:
-        top, at = module, module
-        while True:
-            if lending.compiled_call(at) is not None or lending.has_compiled_forward(at):
-                top = at
-            if at not in above:
-                return top
-            at = above[at]
-
-    def inside_compiled(self) -> set[int]:
-        """The ids of modules that nothing can stand before: they are compiled as a part of another one."""
-        return {
-            id(inner)
-            for module in self.root.modules()
-            if lending.compiled_call(module) is not None or lending.has_compiled_forward(module)
-            for inner in module.modules()
-            if inner is not module
-        }
-
-    def _guard_compile(self, lenders: dict[nn.Module, Lender], above: dict[nn.Module, nn.Module]) -> None:
-        guarded: dict[nn.Module, None] = {}
-        for module in lenders:
-            at: nn.Module | None = module
-            while at is not None and at not in guarded:
-                guarded[at] = None
-                at = above.get(at)
-        for module in guarded:
-            if "compile" not in module.__dict__ and is_called(module):
-                module.__dict__["compile"] = lending.CompileLater(self, module)
-        self._hooked = list({**dict.fromkeys(lenders), **guarded})
-
-    def uninstall(self) -> None:
-        for module in self._hooked:
-            lending.uninstall(module)
-        self._hooked = []
 
     def compile(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """``module.compile(…)`` while served: weights are lent outside the compiled region."""
@@ -266,7 +150,7 @@ class Engine:
                     self._lend(unit)
             unit.depth += 1
             if not unit.row.keep and not unit.outer:
-                self._remember(unit)
+                self.order.remember(unit)
                 if unit.row.ahead:
                     self._fetch_ahead(unit)
 
@@ -306,93 +190,6 @@ class Engine:
             raise
         unit.cargo = cargo
         self._swap(unit, slots, rests)
-
-    def _travelling(self, unit: Unit) -> tuple[list[list[Slot]], list[Tensor]]:
-        """The distinct tensors that have to be fetched, each with the slots that it (tied weights) fills."""
-        found: dict[int, tuple[list[Slot], Tensor]] = {}
-        for slot in unit.slots:
-            rest = slot.store.get(slot.name)
-            if rest is None:
-                continue
-            if rest.device.type == "meta":
-                raise PlanConflict(
-                    f"{self.name}: the weight {slot.path!r} is on the meta device, its values are gone; something moved "
-                    f"the component while it was offloaded. Load it again, or call `to`/`enable_*` of the pipeline instead"
-                )
-            if rest.device == unit.device and not self.always_travel and unit.row.home != "disk":
-                continue  # moved there by hand: it is where it has to be
-            found.setdefault(id(rest), ([], rest))[0].append(slot)
-        return [slots for slots, _ in found.values()], [rest for _, rest in found.values()]
-
-    def _spans(self, unit: Unit, rests: list[Tensor]) -> list[Span | None]:
-        """The slices of files that ``rests`` are views of; for those of the homes in memory, none."""
-        if unit.row.home != "disk":
-            return [None] * len(rests)
-        if not all(unit.knows(rest) for rest in rests):
-            self._locate()
-        spans: list[Span | None] = []
-        for rest in rests:
-            span = unit.known[id(rest)][2]
-            if span is not None and changed_in_memory(rest):
-                unit.known[id(rest)] = (rest, version(rest), None)
-                span = None
-            spans.append(span)
-        return spans
-
-    def _locate(self) -> None:
-        """Find the slices of files behind everything that rests on disk; the system is asked once.
-
-        The system's file cache would hold the latest of what is streamed, which is needed last, and give up pages that
-        are kept for it. So only as much goes through the cache as can stay there until the next pass.
-        """
-        mappings = Mappings()
-        room = machine.available_ram() * CACHE // 100 - sum(u.row.nbytes for u in self.units if u.maps)
-        for unit in self.units:
-            if unit.row.home == "disk" and not unit.put:
-                rests = self._travelling(unit)[1]
-                room -= 0 if unit.maps else unit.row.nbytes
-                once = room < 0 and not unit.maps
-                unit.known = {id(rest): (rest, version(rest), mappings.span(rest, once)) for rest in rests}
-
-    def _fetch(self, unit: Unit, rests: list[Tensor], must: bool = True) -> Cargo | None:
-        lane = lane_to(unit.device)
-        own = unit.row.keep or unit.outer or torch.is_grad_enabled()
-        spans = self._spans(unit, rests)
-        try:
-            if not own:
-                lane.reserve(self._capacity.get(unit.device, 0))
-            cargo = lane.start(rests, spans, own, must=False, ahead=not must)
-            if cargo is None and must:
-                self._recall(lane)
-                cargo = lane.start(rests, spans, own)
-            return cargo
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if not must:
-                return None
-            return self._fetch_again(unit, rests, spans, error)
-
-    def _fetch_again(self, unit: Unit, rests: list[Tensor], spans: list[Span | None], error: BaseException) -> Cargo:
-        """Out of memory: give back whatever is not in use, and try once more."""
-        lane = lane_to(unit.device)
-        self._recall(lane)
-        room_on(unit.device).clear(but=self)
-        lane.release()
-        if unit.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            cargo = lane.start(rests, spans, own_memory=True)
-            assert cargo is not None
-            return cargo
-        except Exception as again:
-            if not is_out_of_memory(again):
-                raise
-            need = sum(r.numel() * r.element_size() for r in rests)
-            raise BudgetError(
-                f"{self.name}/{unit.row.unit}: {need} bytes of weights don't fit on {unit.device} beside what is there. "
-                f"Smaller units need less: `enable_group_offload(offload_type='leaf_level')`, or a smaller image"
-            ) from error
 
     def _recall(self, lane: Lane) -> None:
         """Drop what was fetched ahead."""
@@ -443,31 +240,14 @@ class Engine:
 
     # -- what comes next -----------------------------------------------------------------------------
 
-    def _remember(self, unit: Unit) -> None:
-        before, last = self._recent
-        if last is not None and last is not unit:
-            self._next[(id(before), id(last))] = unit
-            self._next[id(last)] = unit
-        if last is not unit:
-            self._recent = (last, unit)
-
-    def _after(self, before: Unit | None, unit: Unit) -> Unit | None:
-        found = self._next.get((id(before), id(unit))) or self._next.get(id(unit))
-        if found is None:  # never came this far: the order of definition is the best guess
-            index = unit.index + 1
-            found = self.units[index] if index < len(self.units) else None
-        return found
-
     def _fetch_ahead(self, unit: Unit) -> None:
         """Begin with the units that will be needed next, as many as there is room for."""
         if torch.is_grad_enabled():
             return
-        before, at = self._recent[0], unit
-        if self._frontier is not None and self._frontier[1].coming is not None:
-            before, at = self._frontier  # everything up to there is on its way
+        before, at = self.order.start(unit)
         seen = {id(unit)}
         while True:
-            before, following = at, self._after(before, at)
+            before, following = at, self.order.after(before, at, self.units)
             if following is None or id(following) in seen:
                 return
             seen.add(id(following))
@@ -484,7 +264,7 @@ class Engine:
                 following.coming = self._fetch(following, rests, must=False)
                 if following.coming is None:
                     return
-                self._frontier = (before, following)
+                self.order.frontier = (before, following)
 
     # -- settling ------------------------------------------------------------------------------------
 
@@ -498,7 +278,7 @@ class Engine:
                 if unit.coming is not None:
                     lane_to(unit.device).leave(unit.coming)
                     unit.coming = None
-            self._recent, self._frontier = (None, None), None
+            self.order.restart()
             for device in self._capacity:
                 lane_to(device).release()
             for patch in self.patches.values():
@@ -526,12 +306,13 @@ class Engine:
         """Bring weights whose data was replaced (by a cast) to the home that their rows name."""
         if not self.units or any(slot.tensor.is_meta for unit in self.units for slot in unit.slots):
             return  # what has lost its values can't be brought home; the next call says so
-        groups = [Group(u.row.unit.partition("/")[2], u.slots, u.triggers) for u in self.units]
-        home = self.units[0].row.home
-        if home == "disk":
-            self.replace_files(homes.to_disk(groups, self.folder, self.name))
-        elif home == "pinned":
-            self.pinned = homes.to_pinned(groups)
+        for home in dict.fromkeys(unit.row.home for unit in self.units):
+            units = [unit for unit in self.units if unit.row.home == home]
+            groups = [Group(u.row.unit.partition("/")[2], u.slots, u.triggers) for u in units]
+            if home == "disk" and self.folder is not None:  # else what is in no file now stays in memory
+                self.replace_files(homes.to_disk(groups, self.folder, self.name))
+            elif home == "pinned":
+                self.pinned = homes.to_pinned(groups)
         for unit in self.units:
             unit.row = replace(unit.row, nbytes=homes.nbytes_of(unit.slots))
             unit.known.clear()
@@ -555,7 +336,8 @@ def engine_for(module: nn.Module, name: str = "") -> Engine:
     """The engine that serves ``module`` as a component, made if there is none."""
     engine = engine_of(module)
     if engine is None:
-        engine = module.__dict__[_ATTRIBUTE] = Engine(module, name)
+        engine = module.__dict__[_ATTRIBUTE] = Engine(module)
+    engine.name = name or engine.name
     return engine
 
 
@@ -570,7 +352,3 @@ def neighbours(module: nn.Module) -> list[Engine]:
         if id(root) in inside or any(m is module for m in root.modules()):
             found.append(engine)
     return found
-
-
-def _above(root: nn.Module) -> dict[nn.Module, nn.Module]:
-    return {child: module for module in root.modules() for child in module.children()}

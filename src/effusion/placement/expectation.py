@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from ..core import log
 from . import hoisting
 from .asides import undrawn
+from .extent import extent, prompts
 from .forecast import Part, part_of
 from .hoisting import Hoistable
 from .rehearsal import Rehearsed, rehearse
@@ -29,7 +32,7 @@ class Expectation:
     Attributes:
         networks: by name.
         needs: of the networks that the call runs, in that order.
-        size: pixels of the result, where the call left them open.
+        size: of the call as it was rehearsed, see :mod:`.extent`.
         steps: of the loop.
         device: where it computes.
         mappings: the mapped files of this process; ``None`` where weights that are views of none may move all the same.
@@ -99,6 +102,19 @@ class Expectation:
         return tuple(f"{n}: not rehearsed ({why}); its activations are a guess" for n, why in failed.items())
 
 
+class Rehearsing:
+    """What is found out about a call while it is rehearsed: its size, and its loop."""
+
+    def __init__(self) -> None:
+        self.loops: list[Callable[[], Any]] = []
+        self.size: dict[str, int] = {}
+
+    def meets(self, state: Any) -> None:
+        """A block begins with ``state``."""
+        for name, value in extent(state).items():
+            self.size[name] = max(value, self.size.get(name, 0))
+
+
 def expect(
     pipe: Any,
     networks: Mapping[str, nn.Module],
@@ -108,32 +124,50 @@ def expect(
     uncast: bool = False,
 ) -> Expectation:
     """Rehearse ``call`` (``height``, ``width``, …, with ``None`` for what is left open) of ``pipe``."""
-    taken = inspect.signature(type(pipe).__call__).parameters
+    arguments = _arguments(pipe, inspect.signature(type(pipe).__call__).parameters, call)
+    found = Rehearsing()
+    out: list[Any] = []
+
+    def run() -> None:
+        out.append(pipe(**arguments, output_type="pt", return_dict=False)[0])
+
+    with _undisturbed(pipe):
+        pipe.__dict__["_progress_bar_config"] = {"disable": True}
+        pipe.__dict__["_rehearsing"] = found
+        needs = rehearse(networks, run, device, pipe.components.get("scheduler"))
+    found.size.pop("num_inference_steps", None)  # the rehearsal's own few
+    shape = tuple(getattr(out[0], "shape", ()))
+    size = {**({"height": shape[-2], "width": shape[-1]} if len(shape) >= 4 else {}), **found.size}
+    steps, loop = int(call["num_inference_steps"]), found.loops[0] if found.loops else None
+    return Expectation(networks, needs, size, steps, device, mappings, uncast, loop)
+
+
+def _arguments(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """What to rehearse ``call`` with: few steps, a prompt and pictures where it leaves them open."""
     arguments = {k: v for k, v in call.items() if k in taken and v is not None}
     if "num_inference_steps" in taken:
         arguments["num_inference_steps"] = 3 if "strength" in taken else 2
+    batch = int(call["batch_size"])
     if "prompt" in taken and not {"prompt", "prompt_embeds"} & set(arguments):
-        arguments["prompt"] = [""] * int(call["batch_size"])
+        arguments["prompt"] = [""] * batch
         arguments.pop("num_images_per_prompt", None)  # counted with the batch
-    arguments = {**_pictures(pipe, taken, call), **arguments}
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.__dict__["_progress_bar_config"] = {"disable": True}
-    loops: list[Callable[[], Any]] = []
-    pipe.__dict__["_rehearsing"] = loops
+    elif "num_images_per_prompt" in taken:
+        arguments["num_images_per_prompt"] = -(-batch // prompts(arguments))
+    return {**_pictures(pipe, taken, call), **arguments}
+
+
+@contextmanager
+def _undisturbed(pipe: Any) -> Iterator[None]:
+    """Within it ``pipe`` may be called: its scheduler, and what it knows of the call that it is in, stay what they were."""
+    kept = {name: value for name, value in vars(pipe).items() if name.startswith("_") and name != "_pending"}
+    scheduler = {"scheduler": vars(pipe)["scheduler"]} if "scheduler" in vars(pipe) else {}
+    vars(pipe).update(copy.deepcopy(scheduler))
     try:
-        out: list[Any] = []
-
-        def run() -> None:
-            out.append(pipe(**arguments, output_type="pt", return_dict=False)[0])
-
-        needs = rehearse(networks, run, device, pipe.components.get("scheduler"))
+        yield
     finally:
-        pipe.__dict__["_progress_bar_config"] = bar
-        del pipe.__dict__["_rehearsing"]
-    shape = tuple(getattr(out[0], "shape", ()))
-    size = {"height": shape[-2], "width": shape[-1]} if len(shape) >= 4 else {}
-    steps = int(call["num_inference_steps"])
-    return Expectation(networks, needs, size, steps, device, mappings, uncast, loops[0] if loops else None)
+        for name in [n for n in vars(pipe) if n.startswith("_") and n != "_pending" and n not in kept]:
+            del vars(pipe)[name]
+        vars(pipe).update(kept, **scheduler)
 
 
 def _pictures(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,14 +183,4 @@ def _pictures(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any]) -> d
     if nets is not None:
         control = "control_image" if "control_image" in names else "image"
         found[control] = [found[control]] * len(nets)
-    return found
-
-
-def asked(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """The size of a call, as far as its arguments say it."""
-    found = {n: int(inputs[n]) for n in ("height", "width", "num_frames") if inputs.get(n) is not None}
-    prompt, embeds = inputs.get("prompt"), inputs.get("prompt_embeds")
-    batch = len(prompt) if isinstance(prompt, (list, tuple)) else 1
-    batch = int(embeds.shape[0]) if embeds is not None else batch
-    found["batch_size"] = int(inputs.get("batch_size") or batch) * int(inputs.get("num_images_per_prompt") or 1)
     return found

@@ -40,6 +40,9 @@ class Part:
         passes: how often all of its weights are needed.
         decoded: bytes for decoding and patching, of the layer that takes most; and of deltas.
         bound: its weights are in memory already and views of no file, so they can't leave it.
+        loose: its weights are views of no file: what does not compute with them has to keep them in host memory.
+        turns: how often it is called after another component, so that it has to come again.
+        alternates: it and another one take turns in every step of the loop.
         hoisted: bytes that are fetched once, before the loop, and left out of it.
         foreseen: seconds that finding out takes.
     """
@@ -58,6 +61,9 @@ class Part:
     bound: bool = False
     hoisted: int = 0
     foreseen: float = 0.0
+    loose: bool = False
+    turns: int = 1
+    alternates: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +116,13 @@ def seconds(part: Part, loaded: int, streamed: int, pieces: int, ahead: int, spe
     """Time of all calls of ``part``.
 
     Args:
-        loaded: bytes that are fetched once in the run.
+        loaded: bytes that are fetched whenever another component was there before.
         streamed: bytes that are fetched in every pass, in ``pieces`` units.
         ahead: whether they are fetched while others compute.
     """
     compute = part.flops / speed.flops + part.moved / speed.memory
     fetched = streamed * part.passes
-    loaded += part.hoisted
+    loaded = loaded * part.turns + part.hoisted
     fetch = fetched / speed.stream
     lending = pieces * part.passes * HANDOVER
     if speed.shares_cores:
@@ -164,8 +170,10 @@ def part_of(
     leaves, blocks = by_leaf(module), by_block(module)
     forms = _forms(module, storage, uncast)
     engine = engine_of(module)
-    restored = engine.originals if engine is not None and uncast else {}
-    bound = mappings is not None and (storage is not None or _bound(leaves, mappings, restored))
+    originals = engine.originals if engine is not None and uncast else {}
+    restored = {place for place, original in originals.items() if original.wanted == original.dtype}
+    loose = mappings is not None and (storage is not None or _bound(leaves, mappings, restored))
+    bound = loose and device.type == "cpu"
     left_out = None if bound else left_out  # what can't leave memory costs as much left out
     sizes = Sizes(module, needs, device, forms)
     work = needs.work(steps)
@@ -181,6 +189,9 @@ def part_of(
         *_form(forms),
         max((sizes.decoded(group) for group in leaves), default=0) + sizes.deltas,
         bound,
+        loose=loose,
+        turns=max(work.turns, 1),
+        alternates=needs.each.turns > 0,
     )
     # every use reads what is stored, and writes and reads what is computed with
     part = replace(part, moved=part.moved + part.passes * sum(sizes.unpacking(group) for group in leaves))

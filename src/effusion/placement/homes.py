@@ -127,6 +127,13 @@ def to_disk(groups: Sequence[Group], folder: str | os.PathLike[str] | None, name
     return [*used, *files]
 
 
+def files_of(slots: Sequence[Slot]) -> list[Path]:
+    """The files that weights in ``slots`` are views of."""
+    mappings = Mappings()
+    spans = [mappings.span(same[0]) for same in distinct(slots)]
+    return list(dict.fromkeys(span.file.path for span in spans if span is not None))
+
+
 def is_ours(file: Path) -> bool:
     """Whether ``file`` was written by :func:`to_disk` of this process (and not by whoever saved a model)."""
     return file.name.startswith(f"effusion-{os.getpid()}-")

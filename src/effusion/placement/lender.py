@@ -20,8 +20,9 @@ from .compiling import set_eval_frame, skip_code
 from .trees import mapped
 
 if TYPE_CHECKING:
-    from .engine import Engine, Unit
+    from .engine import Engine
     from .transform import Transform
+    from .unit import Unit
 
 MISS = object()  # what a table says that has no answer
 ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")  # methods that start work without a call

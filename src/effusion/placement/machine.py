@@ -88,16 +88,18 @@ def free_device_memory(device: torch.device) -> int:
     return available_ram()
 
 
+def device_memory(device: torch.device) -> int | None:
+    """All the bytes that an accelerator has; ``None`` where that is not known, and for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(torch.xpu.mem_get_info(device)[1]) if device.type == "xpu" else None
+
+
 def available_ram() -> int:
     """Bytes of RAM that this process may still take: what the system has, or less if a control group says so."""
     limits = [_meminfo("MemAvailable")]
     limits += [max(limit - used, 0) for limit, used in control_groups()]
     return min(limits)
-
-
-def total_ram() -> int:
-    """Bytes of RAM of the system, or of the tightest control group around this process."""
-    return min([_meminfo("MemTotal"), *(limit for limit, _ in control_groups())])
 
 
 def _meminfo(field: str) -> int:

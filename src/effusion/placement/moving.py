@@ -25,14 +25,15 @@ def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     if device is not None:
         machine.check_device(device)
         policies.remove(module)
-    with rearranging(module):
+    with rearranging(module, dtype):
         nn.Module.to(module, *args, **kwargs)
     return module
 
 
 @contextmanager
-def rearranging(module: nn.Module) -> Iterator[None]:
-    """Within it the resting weights of ``module`` may be moved or converted; the engine then carries on with these."""
+def rearranging(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within it the resting weights of ``module`` may be moved, or converted to ``dtype``; the engine then carries on
+    with these."""
     engine = engine_of(module)
     if engine is None:
         yield
@@ -41,12 +42,20 @@ def rearranging(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        recast(engine)
+        recast(engine, dtype)
         engine.rehome()
         engine.install()
 
 
 def apply(module: nn.Module, super_apply: Callable[..., Any], fn: Callable[..., Any], *args: Any) -> Any:
     """``nn.Module._apply`` of a network: what ``half()``, ``cuda()`` and the rest do in the end."""
-    with rearranging(module):
+    engine = engine_of(module)
+    with rearranging(module, _converts_to(fn) if engine is not None and engine.transforms else None):
         return super_apply(fn, *args)
+
+
+def _converts_to(fn: Callable[..., Any]) -> torch.dtype | None:
+    """The dtype that ``fn`` gives floating-point weights; ``None`` if it leaves them theirs."""
+    with torch.inference_mode(False), torch.no_grad():
+        found = [fn(torch.zeros(0, dtype=dtype)).dtype for dtype in (torch.float16, torch.float32)]
+    return found[0] if found[0] == found[1] else None

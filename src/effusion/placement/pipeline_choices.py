@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import casting, machine, planner
+from . import carrying, casting, machine, planner
 from .expectation import Expectation, expect
 from .forecast import Part, Speed
 from .plan import STORED, size_text
@@ -30,14 +30,15 @@ class Choices:
     Args:
         call: ``height``, ``width``, ``num_frames``, ``batch_size``, ``num_inference_steps``.
         folder: where weights that are views of no file may be written to.
+        hoist: whether something may be left out of the loop.
     """
 
     def __init__(
         self, pipe: Any, networks: Mapping[str, nn.Module], call: Mapping[str, Any], device: torch.device,
-        folder: str | None = None,
+        folder: str | None = None, hoist: bool = True,
     ) -> None:  # fmt: skip
         self.pipe, self.networks, self.call = pipe, networks, call
-        self.device, self.folder = device, folder
+        self.device, self.folder, self.hoist = device, folder, hoist
         plan = pipe.__dict__.get("_plan")
         self._active: Mapping[str, Any] = plan.switches if plan is not None else {}  # a new plan undoes them
         self._expected: dict[tuple[str, ...], Expectation] = {}  # by the switches that were on
@@ -55,9 +56,9 @@ class Choices:
                     continue
                 form = {"storage_dtype": str(storage).removeprefix("torch.")} if cast else {}
                 yield {**fixed, **tiles, **form}, expected.parts(storage=cast)
-                parts = expected.parts(hoisted=True, storage=cast)
-                if any(part.hoisted for part in parts):
-                    yield {**fixed, **tiles, **form, "hoist": True}, parts
+                parts = expected.parts(hoisted=True, storage=cast) if self.hoist else []
+                if hoisted := [part.name for part in parts if part.hoisted]:
+                    yield {**fixed, **tiles, **form, "hoist": hoisted}, parts
 
     def _tiles(self, quality: str) -> list[Switches]:
         """None; where more than bits may change, a batch decoded in turn, and in tiles."""
@@ -86,8 +87,8 @@ class Choices:
         """What the call needs with ``tiles`` on."""
         key = tuple(sorted(tiles))
         if key not in self._expected:
-            mappings = Mappings() if self.device.type == "cpu" and self.folder is None else None
-            uncast = "storage_dtype" in self._active
+            mappings = Mappings() if self.folder is None else None
+            uncast = any(carrying.is_cast(module) for module in self.networks.values())  # and will be no more
             switch(self.pipe.components, self._active, False)
             switch(self.pipe.components, tiles, True)
             try:
@@ -101,7 +102,7 @@ class Choices:
 
     @property
     def size(self) -> dict[str, int]:
-        """Pixels of the result, where the call left them open."""
+        """The size of the call as it was rehearsed, where it was left open too."""
         return next((e.size for e in self._expected.values()), {})
 
     @property
@@ -135,7 +136,8 @@ class Choices:
             return ""
         half = {n: self.call[n] // 32 * 16 for n in ("height", "width")}
         try:
-            need = Choices(self.pipe, self.networks, {**self.call, **half}, self.device, self.folder).least("exact")
+            call = {**self.call, **half}
+            need = Choices(self.pipe, self.networks, call, self.device, self.folder, self.hoist).least("exact")
         except ValueError:  # not a size that this family has
             return ""
         return f"; at {half['width']}x{half['height']} pixels it is {size_text(need)}"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 from torch import nn
 
 from . import hoisting
@@ -30,12 +26,3 @@ class HoistingSwitches:
         self.__dict__["_hoists"] = False
         for module in self._networks().values():
             hoisting.unhoist(module)
-
-    def _hoister(self) -> Callable[[Callable[[], Any]], Any] | None:
-        """What the loop is shown to before it begins; ``None`` if nobody wants to know."""
-        rehearsing: list[Any] | None = self.__dict__.get("_rehearsing")
-        if rehearsing is not None:
-            return rehearsing.append
-        plan = self.__dict__.get("_plan")
-        wanted = self.__dict__.get("_hoists", False) or (plan is not None and plan.switches.get("hoist", False))
-        return partial(hoisting.foresee, self._networks()) if wanted else None

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import log
-from ..core.errors import BudgetError, PlanConflict
-from . import casting, homes, machine, pages, planner, policies, workspaces
-from .engine import Unit, engine_for
-from .expectation import asked
+from ..core.errors import BudgetError
+from . import budgets, carrying, machine, planner
+from .exhausted import is_out_of_memory
+from .extent import OF_THE_RUN, asked
 from .pipeline_choices import QUALITIES, Choices, switch
-from .plan import Plan, parse_size
-from .recorder import Recorder
+from .pipeline_run import RunsAsPlanned
+from .plan import Plan
 from .report import MemoryReport
-from .rescue import Rescue
-from .sources import Mappings, give_back_pages, join, set_apart
-from .units import Group, all_slots, by_block, by_leaf
 
 logger = log.get_logger(__name__)
 Self = TypeVar("Self", bound="PlanSwitches")
 LOOSE = 1.5  # a budget this much above the peak needs no exact allocation
+SIZES = ("height", "width", "num_frames", "batch_size", "num_inference_steps")
 
 
-class PlanSwitches:
+class PlanSwitches(RunsAsPlanned):
     """For pipelines: classes with ``components`` that can be called with a prompt and a size."""
 
     @property
@@ -38,43 +35,6 @@ class PlanSwitches:
 
     def _networks(self) -> dict[str, nn.Module]:
         return {n: c for n, c in self.components.items() if isinstance(c, nn.Module)}
-
-    def _unplan(self) -> None:
-        """Another policy is set: no plan is in force any more."""
-        self._rejoin()
-        self._cast(None)
-        self._end_plan()
-
-    def _rejoin(self) -> None:
-        """Areas of mapped files that the plan in force has set apart are read as ever again."""
-        if "_plan" in self.__dict__:
-            mappings = Mappings()
-            slots = [slot for module in self._networks().values() for slot in all_slots(module)]
-            join(slot.tensor for slot in slots if mappings.span(slot.tensor) is not None)
-
-    def _end_plan(self) -> None:
-        before = self.__dict__.pop("_plan", None)
-        if before is not None:
-            switch(self.components, before.switches, False)
-
-    def _cast(self, plan: Plan | None) -> tuple[str, ...]:
-        """Let networks rest in the forms that ``plan`` gives them, those of the plan in force in theirs from before.
-
-        Returns:
-            How far that takes their weights from what they were.
-        """
-        before: Plan | None = self.__dict__.get("_plan")
-        old, new = (_cast_by(p) if p is not None else {} for p in (before, plan))
-        networks = self._networks()
-        for name in old.keys() - new.keys():
-            casting.uncast(networks[name])
-        notes = []
-        for name, (storage, compute) in new.items():
-            if name not in old:
-                module = networks[name]
-                away = casting.apply_layerwise_casting(module, storage, compute, casting.usual_patterns(module))
-                notes.append(f"{name}: its weights in {str(storage)[6:]} are {away:.2%} from what they were")
-        return tuple(notes)
 
     def plan(
         self,
@@ -106,7 +66,7 @@ class PlanSwitches:
 
         Raises:
             BudgetError: no plan fits; says the least that would, for each quality.
-            ValueError: no size, an unknown quality or device.
+            ValueError: no size or number, an unknown quality or device.
             TypeError: an input that the call does not take.
         """
         taken = inspect.signature(type(self).__call__).parameters
@@ -114,28 +74,32 @@ class PlanSwitches:
             raise TypeError(f"neither `plan` nor a call of {type(self).__name__} takes {unknown}")
         if quality not in QUALITIES:
             raise ValueError(f"quality={quality!r}: it is one of {QUALITIES}")
-        where = machine.default_device(device=device)
-        budget = parse_size(memory) if memory is not None else machine.free_device_memory(where) * 9 // 10
-        host = parse_size(ram, "ram") if ram is not None else machine.available_ram() * 9 // 10
-        batch_size = max(batch_size, asked(inputs)["batch_size"])
-        wish = {"height": height, "width": width, "num_frames": num_frames, "batch_size": batch_size}
-        wish["num_inference_steps"] = num_inference_steps
-        call = {**inputs, **wish}
-        choices = Choices(self, self._networks(), call, where, offload_folder)
+        sizes = dict(zip(SIZES, (height, width, num_frames, batch_size, num_inference_steps), strict=True))
+        wish = {name: value if value is None else budgets.whole(name, value) for name, value in sizes.items()}
+        wish["batch_size"] = max(budgets.whole("batch_size", batch_size), asked(inputs)["batch_size"])
+        where, networks = machine.default_device(device=device), self._networks()
+        budget, host = budgets.on_device(memory, networks, where), budgets.on_host(ram, networks)
+        choices = Choices(self, networks, {**inputs, **wish}, where, offload_folder)
+        return self._choose(choices, budget, host, quality, wish, thorough=memory is not None)
+
+    def _choose(
+        self, choices: Choices, budget: int, ram: int, quality: str, wish: Mapping[str, Any], thorough: bool = True
+    ) -> Plan:
+        """The fastest of ``choices`` within the budgets; the first that needs no trick unless ``thorough``."""
         found: list[Plan] = []
         refused: BudgetError | None = None
         for switches, parts in choices.ways(quality):
-            speed = choices.speed(parts, budget, host)
+            speed = choices.speed(parts, budget, ram)
             try:
-                made = planner.plan(parts, budget, host, str(where), speed, quality)
+                made = planner.plan(parts, budget, ram, str(choices.device), speed, quality)
             except BudgetError as error:
                 refused = refused or error
                 continue
-            if where.type == "cpu" and made.peak * LOOSE > budget:
+            if choices.device.type == "cpu" and made.peak * LOOSE > budget:
                 switches = {**switches, "exact_pages": True}
-            notes, size = choices.notes, choices.size
-            found.append(made.replace(switches=switches, notes=notes, call={**wish, **size}))
-            if memory is None or not any(row.travels for row in made.rows):
+            call = {**wish, **choices.size}
+            found.append(made.replace(switches={**made.switches, **switches}, notes=choices.notes, call=call))
+            if not thorough or not any(row.travels for row in made.rows):
                 break  # nothing is gained by leaving weights out, smaller forms or tiles
         if not found:
             raise BudgetError(f"{refused}{choices.advice()}") from None
@@ -147,24 +111,42 @@ class PlanSwitches:
         """Carry out ``plan``, instead of whatever policy there was.
 
         Raises:
-            PlanConflict: it is for other components, or weights of the disk are in no file.
+            PlanConflict: it is for other components, or weights of the disk are in no file. Nothing has changed.
             ValueError: it is for a device that is not there.
+            BudgetError: the device has no room for it. The plan before is in force again; if there was none,
+                everything rests in host memory.
         """
         networks = self._networks()
-        unknown = sorted({row.component for row in plan.rows} - set(networks))
-        if unknown:
-            raise PlanConflict(f"the plan has rows for {unknown}; this pipeline's networks are {sorted(networks)}")
         rows = tuple(replace(row, device=str(machine.check_device(row.device))) for row in plan.rows)
         plan = plan.replace(rows=rows)
-        self._rejoin()
-        notes = self._cast(plan)
-        for name in networks:
-            if plan.of(name):
-                _carry_out(name, networks[name], plan)
+        cuts = carrying.check(networks, plan)
+        try:
+            notes = carrying.carry_out(networks, plan, cuts)
+        except BaseException as error:
+            self._fall_back(networks)
+            if is_out_of_memory(error):
+                raise BudgetError(f"there is no room for what the plan keeps: {error}") from error
+            raise
         self._end_plan()
         switch(self.components, plan.switches, True)
-        self.__dict__["_plan"] = plan.replace(notes=tuple(dict.fromkeys([*plan.notes, *notes])))
+        applied = plan.replace(notes=tuple(dict.fromkeys([*plan.notes, *notes])))
+        placed = {name: id(module) for name, module in networks.items()}
+        self.__dict__.update(_plan=applied, _placed=placed, _device_map=None)
         return self
+
+    def _fall_back(self, networks: Mapping[str, nn.Module]) -> None:
+        """A plan could not be carried out: to the one before, or to no policy at all."""
+        before: Plan | None = self.__dict__.get("_plan")
+        try:
+            carrying.to_host(networks)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if before is not None:
+                carrying.carry_out(networks, before, carrying.check(networks, before))
+        except Exception as error:
+            logger.warning("the plan before can't be carried out either: %s", error)
+            carrying.to_host(networks)
+            self._end_plan()
 
     def fit(self, memory: int | float | str | None = None, **options: Any) -> Plan:
         """:meth:`plan` and :meth:`apply`; returns the plan, to print."""
@@ -183,98 +165,55 @@ class PlanSwitches:
             raise ValueError("nothing was measured yet: call `fit(memory)`, then the pipeline, then this")
         return found  # type: ignore[no-any-return]
 
-    # -- runs under a plan ---------------------------------------------------------------------------
+    # -- the plan in force ---------------------------------------------------------------------------
 
-    @contextmanager
-    def _as_planned(self, inputs: Mapping[str, Any]) -> Iterator[Recorder | None]:
-        """A call under the plan in force: planned again if it is larger, measured, with exact allocation if need be."""
+    def _unplan(self) -> None:
+        """Another policy is set: no plan is in force any more."""
+        carrying.release(self._networks())
+        self._end_plan()
+
+    def _end_plan(self) -> None:
+        self.__dict__.pop("_placed", None)
+        before = self.__dict__.pop("_plan", None)
+        if before is not None:
+            switch(self.components, before.switches, False)
+
+    def _borrow_plan(self, other: PlanSwitches) -> None:
+        """The plan of ``other``, whose components this pipeline shares, is the budget of this one too."""
+        plan = other.__dict__.get("_plan")
+        if plan is not None:
+            self.__dict__["_plan"] = plan  # not placed by this one: made again for its task at the first call
+
+    def _plan_in_force(self, inputs: Mapping[str, Any]) -> Plan | None:
+        """The plan to run a call by: as it was made; made again for components or a task that it was not made for;
+        carried out again where another pipeline has placed shared components; none where one has set a policy."""
         plan: Plan | None = self.__dict__.get("_plan")
-        if plan is None or "_rehearsing" in self.__dict__:
-            yield None
-            return
-        plan = self._follow(plan, inputs)
-        recorder = Recorder(self._networks(), plan)
-        try:
-            with pages.exact() if plan.switches.get("exact_pages") else _nothing(), recorder.running():
-                yield recorder
-        finally:
-            self.__dict__["_memory_report"] = recorder.report()
-        call, kernels = self.__dict__.get("_kernels", (None, ()))
-        if call == plan.call:
-            workspaces.compiled(kernels)
-
-    def _rescuer(self, recorder: Recorder | None) -> Rescue | None:
-        """What makes leaner plans during a run under a plan."""
-        if recorder is None:
+        if plan is None:
             return None
-        return Rescue(self._networks(), self.__dict__["_plan"], self.apply, recorder.note)
+        networks = self._networks()
+        if self.__dict__.get("_placed") != {name: id(module) for name, module in networks.items()}:
+            logger.info("the plan is for other components or another task; planning again within its budget")
+            return self._plan_again(plan, inputs, {})
+        found = [carrying.in_force(module) for module in networks.values()]
+        if any(f is not None and f.ended for f in found):
+            self._end_plan()
+            return None
+        wanted = [carrying.InForce(plan.of(name), plan.switches) for name in networks]
+        return plan if found == wanted else self.apply(plan).__dict__["_plan"]
 
-    def _follow(self, plan: Plan, inputs: Mapping[str, Any]) -> Plan:
-        """``plan``, or another one within the same budget if the call is larger than it."""
-        wanted = asked(inputs)
-        names = ("height", "width", "num_frames", "batch_size")
-        planned = {n: plan.call.get(n) for n in names}
-        larger = [n for n in names if wanted.get(n, 0) > (planned[n] or 0)]
-        if not larger or not plan.call or plan.budget is None:
-            return plan
-        wish = {n: wanted.get(n) or planned[n] for n in names}
-        steps, folder = plan.call["num_inference_steps"], plan.switches.get("offload_folder")
-        device = plan.rows[0].device if plan.rows else None
-        logger.warning("the call is larger than planned (%s); planning again", ", ".join(larger))
-        return self.fit(
-            plan.budget, ram=plan.ram, quality=plan.quality, device=device, offload_folder=folder,
-            num_inference_steps=steps, **wish, **{n: v for n, v in inputs.items() if isinstance(v, Tensor)},
-        )  # fmt: skip
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _cast_by(plan: Plan) -> dict[str, tuple[torch.dtype, torch.dtype]]:
-    """The components that ``plan`` itself brings into another form: dtypes at rest, and of computing."""
-    storage = plan.switches.get("storage_dtype")
-    cast = {row.component: row.compute_dtype for row in plan.rows if storage and row.form == storage}
-    return {name: (getattr(torch, str(storage)), getattr(torch, str(compute))) for name, compute in cast.items()}
-
-
-def _carry_out(name: str, module: nn.Module, plan: Plan) -> None:
-    rows = {row.unit.partition("/")[2]: row for row in plan.of(name)}
-    groups = next((g for g in (by_block(module), by_leaf(module)) if {x.name for x in g} == set(rows)), None)
-    if groups is None:
-        raise PlanConflict(f"the plan's units of {name!r} are not those of this {type(module).__name__}; plan again")
-    policies.check_free(module)
-    engine = engine_for(module, name)
-    engine.unhoist()
-    device = machine.check_device(next(iter(rows.values())).device)
-    folder = plan.switches.get("offload_folder")
-    files = []
-    for home in dict.fromkeys(row.home for row in rows.values()):
-        part = [g for g in groups if rows[g.name].home == home]
-        if home == "device":
-            homes.to_device([s for g in part for s in g.slots], device)
-        elif home != "disk" or folder is not None:  # what small buffers hold that are in no file stays in memory
-            files += policies.go_home(engine, part, home, folder)
-        if home == "disk":
-            _clear_pages([g for g in part if rows[g.name].keep], [g for g in part if not rows[g.name].keep])
-    units = [Unit(rows[g.name], list(g.slots), list(g.triggers), device) for g in groups]
-    if not any(row.travels for row in rows.values()) and device.type == "cpu":
-        units = []
-    engine.exclude, engine.give_back = frozenset(), False
-    engine.set_units(units, {"kind": "plan"})
-    engine.replace_files(files)
-    engine.close_if_idle()
-
-
-def _clear_pages(kept: Sequence[Group], streamed: Sequence[Group]) -> None:
-    """Pages of mapped files that an earlier plan brought in go; what is computed with in place is set apart."""
-    mappings = Mappings()
-
-    def mapped(groups: Sequence[Group]) -> list[Tensor]:
-        tensors = {id(s.tensor): s.tensor for g in groups for s in g.slots}.values()
-        return [t for t in tensors if mappings.span(t) is not None]
-
-    inside, outside = mapped(kept), mapped(streamed)
-    give_back_pages([*inside, *outside])
-    set_apart(inside, outside)
+    def _plan_again(self, plan: Plan, inputs: Mapping[str, Any], size: Mapping[str, int], hoist: bool = True) -> Plan:
+        """A plan within the budget of ``plan`` for a call with ``inputs``, of which ``size`` is known; carried out."""
+        taken = inspect.signature(type(self).__call__).parameters
+        given = {n: v for n, v in inputs.items() if n in taken and n not in OF_THE_RUN and v is not None}
+        wish = {**{n: plan.call.get(n) for n in SIZES}, **{n: v for n, v in size.items() if n in SIZES}}
+        wish["batch_size"] = size.get("batch_size") or max(wish["batch_size"] or 1, asked(given)["batch_size"])
+        wish["num_inference_steps"] = wish["num_inference_steps"] or 28
+        given = {n: v for n, v in given.items() if n not in SIZES}
+        where = machine.default_device(device=plan.rows[0].device if plan.rows else None)
+        networks = self._networks()
+        budget, ram = budgets.on_device(plan.budget, networks, where), budgets.on_host(plan.ram, networks)
+        folder = plan.switches.get("offload_folder")
+        choices = Choices(self, networks, {**given, **wish}, where, folder, hoist)
+        self.apply(self._choose(choices, budget, ram, plan.quality, wish))
+        again: Plan = self.__dict__["_plan"]
+        return again

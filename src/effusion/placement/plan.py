@@ -6,6 +6,7 @@ engine (:mod:`.engine`) carries it out.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,9 +14,8 @@ from typing import Any
 from ..core.errors import PlanConflict
 
 HOMES = ("device", "pinned", "host", "disk")
-LEVELS = ("component", "block", "leaf")
 STORED = "as stored"
-_SAME_BITS = ("offload_folder", "exact_pages", "hoist")  # switches that change no bit of the result
+_SAME_BITS = ("offload_folder", "exact_pages", "hoist", "together")  # switches that change no bit of the result
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Plan:
 
     rows: tuple[Row, ...]
     stages: tuple[Stage, ...] = ()
-    switches: Mapping[str, Any] = field(default_factory=dict)  # vae_tiling, vae_slicing, attention_slicing, …
+    switches: Mapping[str, Any] = field(default_factory=dict)  # vae_tiling, vae_slicing, hoist, …
     quality: str = "exact"
     budget: int | None = None
     ram: int | None = None
@@ -164,7 +164,7 @@ def parse_size(text: int | float | str, what: str = "memory") -> int:
     """
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
+    if isinstance(text, bool) or not isinstance(text, (numbers.Real, str)):  # numpy's numbers are real ones too
         raise ValueError(f"{what}={text!r}: give bytes as a number, or text like '6GB' or '5.5GiB'")
     number, unit = str(text).strip(), ""
     while number and not (number[-1].isdigit() or number[-1] == "."):

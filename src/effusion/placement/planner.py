@@ -21,10 +21,16 @@ class Choice:
     stays: tuple[bool, ...]
     options: tuple[Option, ...]
     resident: int  # bytes of those that stay
+    together: frozenset[int] = frozenset()  # which of those that alternate in the loop are there at once
 
     @property
     def seconds(self) -> float:
         return sum(o.seconds for o in self.options)
+
+    def beside(self, index: int) -> int:
+        """Bytes of other parts that are there while the one at ``index`` runs."""
+        others = self.together - {index} if index in self.together else ()
+        return self.resident + sum(self.options[i].weights for i in others)
 
 
 def plan(
@@ -39,7 +45,10 @@ def plan(
         BudgetError: nothing fits; says the least that would, and which stage needs it.
     """
     limit = min(memory, ram) if device == "cpu" and ram is not None else memory
-    best = min(choices(parts, limit, speed), key=lambda c: (c.seconds, c.resident), default=None)
+    host = ram if device != "cpu" else None
+    best = min(choices(parts, limit, speed, host), key=lambda c: (c.seconds, c.resident), default=None)
+    if best is None and host is not None and any(choices(parts, limit, speed)):
+        raise BudgetError(_too_little_ram(parts, host))
     if best is None:
         raise BudgetError(_too_small(parts, limit))
     return build(parts, best, memory, ram, device, quality)
@@ -51,10 +60,14 @@ def least(parts: Sequence[Part]) -> int:
     return bound + max((p.needed + (0 if p.bound else options(p, None)[0].need) for p in parts), default=0)
 
 
-def choices(parts: Sequence[Part], memory: int, speed: Speed) -> Iterator[Choice]:
-    """For each set of components that stay for good, the fastest way to run the others within ``memory``."""
+def choices(parts: Sequence[Part], memory: int, speed: Speed, ram: int | None = None) -> Iterator[Choice]:
+    """For each set of components that stay for good, the fastest way to run the others within ``memory``, where the
+    others rest in ``ram`` if they are in no file."""
     frontiers = [options(part, speed) for part in parts]
     for stays in _sets(parts):
+        loose = sum(p.nbytes for p, s in zip(parts, stays, strict=True) if p.loose and not s)
+        if ram is not None and loose > ram:
+            continue
         resident = sum(p.cost for p, s in zip(parts, stays, strict=True) if s)
         found: list[Option] = []
         for part, stay, frontier in zip(parts, stays, frontiers, strict=True):
@@ -64,7 +77,23 @@ def choices(parts: Sequence[Part], memory: int, speed: Speed) -> Iterator[Choice
                 break
             found.append(option)
         else:
-            yield Choice(stays, tuple(found), resident)
+            choice = Choice(stays, tuple(found), resident)
+            yield choice
+            yield from _together(parts, choice, memory, speed)
+
+
+def _together(parts: Sequence[Part], choice: Choice, memory: int, speed: Speed) -> Iterator[Choice]:
+    """``choice`` with the parts that alternate in the loop (a network and its ControlNet) all there throughout it."""
+    turn = [i for i, part in enumerate(parts) if part.alternates]
+    moving = [i for i in turn if not choice.stays[i]]
+    if len(turn) < 2 or not moving:
+        return
+    weights, needed = sum(parts[i].cost for i in moving), max(parts[i].needed for i in turn)
+    if choice.resident + weights + needed <= memory:
+        options = list(choice.options)
+        for i in moving:
+            options[i] = whole(replace(parts[i], turns=1), speed)
+        yield replace(choice, options=tuple(options), together=frozenset(turn))
 
 
 def staying(part: Part, speed: Speed) -> Option:
@@ -148,24 +177,28 @@ def build(
     homes = _homes(parts, choice, ram, device)
     host = sum(p.nbytes for p, home in zip(parts, homes, strict=True) if home == "host")
     rows, stages = [], []
-    for part, stay, option, home in zip(parts, choice.stays, choice.options, homes, strict=True):
+    each = zip(parts, choice.stays, choice.options, homes, strict=True)
+    for index, (part, stay, option, home) in enumerate(each):
         for piece in part.leaves if option.level == "leaf" else part.blocks:
             keep = piece.name in option.kept
             ahead = 0 if keep else option.ahead
             form = (part.form, part.compute_dtype, keep and not stay, ahead)
             rows.append(Row(f"{part.name}/{piece.name}", piece.nbytes, home, device, *form))
-        made = stage(part, option, choice.resident, host)
+        made = stage(part, option, choice.beside(index), host)
         stages.append(replace(made, host=made.peak) if device == "cpu" else made)
-    return Plan(tuple(rows), tuple(stages), quality=quality, budget=memory, ram=ram)
+    together = [part.name for index, part in enumerate(parts) if index in choice.together]
+    switches = {"together": together} if together else {}
+    return Plan(tuple(rows), tuple(stages), switches, quality=quality, budget=memory, ram=ram)
 
 
 def _homes(parts: Sequence[Part], choice: Choice, ram: int | None, device: str) -> list[str]:
-    """Where each part rests: the most needed ones in host memory while there is room, the others in their files."""
+    """Where each part rests: those of no file in host memory, the most needed others too while there is room, and the
+    rest in their files."""
     left = ram if ram is not None else sum(p.nbytes for p in parts)
     homes = ["device"] * len(parts)
     moving = [i for i, stay in enumerate(choice.stays) if not stay]
-    for i in sorted(moving, key=lambda i: -parts[i].passes * parts[i].nbytes):
-        fits = device != "cpu" and parts[i].nbytes <= left
+    for i in sorted(moving, key=lambda i: (not parts[i].loose, -parts[i].passes * parts[i].nbytes)):
+        fits = device != "cpu" and (parts[i].loose or parts[i].nbytes <= left)
         homes[i] = "host" if fits else "disk"
         left -= parts[i].nbytes if fits else 0
     return homes
@@ -184,3 +217,12 @@ def _too_small(parts: Sequence[Part], memory: int) -> str:
             f"stored (torch_dtype='auto'), or give a folder to write them to (offload_folder)"
         )
     return text
+
+
+def _too_little_ram(parts: Sequence[Part], ram: int) -> str:
+    loose = [p for p in parts if p.loose]
+    return (
+        f"{size_text(ram)} of host memory are not enough: the weights of {[p.name for p in loose]}, "
+        f"{size_text(sum(p.nbytes for p in loose))}, are views of no file, so what is not on the device has to rest there; "
+        f"load them as stored (torch_dtype='auto'), or give a folder to write them to (offload_folder)"
+    )

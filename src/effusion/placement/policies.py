@@ -18,8 +18,9 @@ from torch import nn
 from ..core import log
 from ..core.errors import PlanConflict
 from . import homes, machine
-from .engine import Engine, Unit, engine_for, engine_of, neighbours
+from .engine import Engine, engine_for, engine_of, neighbours
 from .plan import Row
+from .unit import Unit
 from .units import Group, all_slots, by_block, by_component, by_leaf
 
 logger = log.get_logger(__name__)

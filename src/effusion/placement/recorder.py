@@ -102,12 +102,15 @@ class Recorder:
 
         def begin(*_: Any) -> None:
             if self._now is None or self._now[0] != name:
-                room_on(self.device).clear()  # it stays for good and makes no room for itself; the plan counts on it
+                room_on(self.device).clear(
+                    name=name
+                )  # it stays for good and makes no room for itself; the plan counts on it
                 self._enter(name)
 
         engine = engine_of(module)
         if engine is not None and engine.units:
             return []
+        begin.only_looks = True  # type: ignore[attr-defined]
         places = [module, *called_children(module)]
         return [m.register_forward_pre_hook(begin) for m in places if compiled_call(m) is None]
 

@@ -37,6 +37,7 @@ class Work:
     calls: int = 0
     flops: float = 0.0
     moved: float = 0.0
+    turns: int = 0  # how often another component had been called before
 
     def add(self, flops: float, moved: float) -> None:
         self.flops += flops
@@ -75,6 +76,7 @@ class Rehearsed:
             self.passes(steps),
             self.once.flops + further * self.each.flops,
             self.once.moved + further * self.each.moved,
+            self.once.turns + further * self.each.turns,
         )
 
 
@@ -103,6 +105,7 @@ class _Steps:
 
     def __init__(self) -> None:
         self.done = 0
+        self.last = ""  # the component that was called last
 
     @contextmanager
     def of(self, scheduler: Any) -> Iterator[None]:
@@ -148,6 +151,8 @@ class StandIn(StandsIn):
         result = r.found.setdefault(r.name, Rehearsed())
         work = result.each if r.steps.done == 1 else result.once
         work.calls += 1
+        work.turns += r.steps.last != r.name
+        r.steps.last = r.name
         attributes = r.module.__dict__
         for key in self.placed:  # a method of the module may call another one: that is part of the same call
             attributes.pop(key, None)

@@ -77,9 +77,12 @@ class Rescue:
         apply: Callable[[Plan], Any],
         told: Callable[[str], Any] = lambda text: None,
     ) -> None:
-        self.plan = plan
-        self._apply, self._told = apply, told
-        self._leaner = leaner(networks, plan)
+        self._networks, self._apply, self._told = networks, apply, told
+        self.renew(plan)
+
+    def renew(self, plan: Plan) -> None:
+        """Another plan is in force: leaner ones are made of that."""
+        self.plan, self._leaner = plan, leaner(self._networks, plan)
         self._device = torch.device(plan.rows[0].device if plan.rows else "cpu")
 
     def __call__(self, what: str, work: Callable[[], Result], *objects: Any) -> Result:
@@ -126,6 +129,9 @@ def leaner(networks: Mapping[str, nn.Module], plan: Plan) -> Iterator[tuple[Plan
             tried.append(rows)
             yield plan.replace(rows=rows), how
 
+    if "together" in plan.switches:
+        plan = plan.replace(switches={n: v for n, v in plan.switches.items() if n != "together"})
+        yield plan, "components that alternate take turns on the device"
     travels = tuple(_travelling(networks, plan))
     yield from step(travels, "components take turns on the device")
     part = 2

@@ -20,14 +20,16 @@ class Shared:
         self._inside: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._evictions: set[tuple[int, int]] = set()  # (who had to go, for whom) since the last `forget`
         self.told: Callable[[Engine], None] | None = None  # whoever wants to know who enters
+        self.together: frozenset[str] | None = None  # those that the plan in force has there at once; None without one
 
     def enter(self, engine: Engine) -> None:
-        """Make room for ``engine``. Two that take turns (a network and its ControlNet) stay both if they fit."""
+        """Make room for ``engine``. Two that take turns (a network and its ControlNet) stay both if they fit; under
+        a plan, if it says so."""
         for other in list(self._inside):
-            if other is engine or any(u.depth for u in other.units):
+            if other is engine or any(u.depth for u in other.units) or self._beside(engine.name, other):
                 continue
             take_turns = (id(engine), id(other)) in self._evictions
-            if take_turns and self._fits(engine):
+            if take_turns and self.together is None and self._fits(engine):
                 continue
             self._evictions.add((id(other), id(engine)))
             other.settle()
@@ -42,10 +44,13 @@ class Shared:
         free, _ = torch.cuda.mem_get_info(self.device)  # memory that activations took stays out of this
         return bool(free > sum(u.row.nbytes for u in engine.units))
 
-    def clear(self, but: Engine | None = None) -> None:
-        """Take back what no call needs at the moment."""
+    def _beside(self, name: str, other: Engine) -> bool:
+        return self.together is not None and {name, other.name} <= self.together
+
+    def clear(self, but: object = None, name: str = "") -> None:
+        """Take back what no call needs at the moment, for the component ``name`` that stays for good."""
         for other in list(self._inside):
-            if other is not but and not any(u.depth for u in other.units):
+            if other is not but and not any(u.depth for u in other.units) and not self._beside(name, other):
                 other.settle()
                 self._inside.discard(other)
 

@@ -52,11 +52,6 @@ class Group:
     slots: list[Slot] = field(default_factory=list)
     triggers: list[nn.Module] = field(default_factory=list)
 
-    @property
-    def nbytes(self) -> int:
-        seen = {(s.tensor.data_ptr(), s.tensor.shape): s.tensor.numel() * s.tensor.element_size() for s in self.slots}
-        return sum(seen.values())
-
 
 def own_slots(module: nn.Module, path: str) -> list[Slot]:
     """The parameters and buffers of ``module`` itself."""

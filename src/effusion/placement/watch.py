@@ -15,12 +15,13 @@ from . import lender as lending
 from .arena import tensors_in
 from .asides import as_it_was
 from .calls import Call
-from .engine import Engine, Unit, engine_of
+from .engine import Engine, engine_of
 from .foresight import Foresight, Known, Unforeseen, shape_of
 from .lane import Cargo, lane_to
 from .plan import Row
 from .sources import is_dense
 from .trees import mapped
+from .unit import Unit
 from .units import Slot, all_slots, is_called
 
 Form = tuple[Any, ...]
@@ -229,6 +230,8 @@ def bare(engine: Engine) -> Iterator[None]:
             for module in engine.root.modules():
                 compiled = lending.has_compiled_forward(module)
                 module.__dict__.pop("_compiled_call_impl", None)
+                if module._forward_pre_hooks:  # they only look, see `refusal`
+                    module.__dict__["_forward_pre_hooks"] = type(module._forward_pre_hooks)()
                 if compiled:
                     module.__dict__["forward"] = module.__dict__["forward"]._torchdynamo_orig_callable
             yield
@@ -256,7 +259,7 @@ def outline(engine: Engine, root: Node, call: Call, lent: Lent) -> Any:
 def refusal(module: nn.Module) -> str | None:
     """Why calls of ``module`` can't be watched: foreign code in it would see them."""
     for name, inner in module.named_modules():
-        if inner._forward_hooks or inner._forward_pre_hooks or hasattr(inner, "_hf_hook"):
+        if inner._forward_hooks or acting_hooks(inner) or hasattr(inner, "_hf_hook"):
             return f"{name or type(module).__name__} has hooks"
         other = engine_of(inner)
         if inner is not module and other is not None and other.units:
@@ -267,6 +270,11 @@ def refusal(module: nn.Module) -> str | None:
         if inner.training and isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0:
             return f"{name} drops out"
     return "it was compiled as a whole" if type(module).__name__ == "OptimizedModule" else None
+
+
+def acting_hooks(module: nn.Module) -> list[Any]:
+    """The hooks before ``module`` is called but for those that only measure."""
+    return [hook for hook in module._forward_pre_hooks.values() if not getattr(hook, "only_looks", False)]
 
 
 def unit_for(engine: Engine, node: Node, device: torch.device) -> Unit:
