@@ -466,9 +466,9 @@ def online(repositories: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     picture(64).save(buffer, "PNG")
     data = "datasets/huggingface/documentation-images"
     repositories.add(data, {"diffusers/img2img-sdxl-init.png": buffer.getvalue()})
-    plain = pictures._download
+    plain = pictures.read_url
     local = lambda url: plain(url.replace("https://huggingface.co", repositories.url))  # noqa: E731
-    monkeypatch.setattr(pictures, "_download", local)
+    monkeypatch.setattr(pictures, "read_url", local)
     return repositories
 
 

@@ -46,9 +46,9 @@ class Run:
         room.together = _together(self.plan)
         self._within.enter_context(self.recorder.running())
 
-    def end(self) -> None:
-        """The call is over: what it held is the pipeline's report."""
-        self._within.close()
+    def end(self, error: BaseException | None = None) -> None:
+        """The call is over, or ended by ``error``: what it held is the pipeline's report."""
+        self._within.__exit__(None if error is None else type(error), error, None)
         report = self.recorder.report()
         if report.stages:  # else it was refused before it began
             self.pipe.__dict__["_memory_report"] = report
@@ -121,8 +121,10 @@ class RunsAsPlanned:
         run = Run(self, inputs)
         try:
             yield run
-        finally:
-            run.end()
+        except BaseException as error:
+            run.end(error)
+            raise
+        run.end()
 
     def _meets(self, run: Run | None, state: Any) -> None:
         """A block of a call begins with ``state``."""

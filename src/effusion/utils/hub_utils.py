@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..core import hub
 from ..core.publish import PushToHubMixin as PushToHubMixin
 
 
@@ -24,8 +23,8 @@ def extract_commit_hash(resolved_file: str | None, commit_hash: str | None = Non
     """``commit_hash``, or the commit that a file of the hub's cache belongs to."""
     if resolved_file is None or commit_hash is not None:
         return commit_hash
-    found = hub.commit_of(Path(resolved_file))
-    return found if found is not None and re.fullmatch(r"[0-9a-f]{40}", found) else None
+    found = re.search(r"snapshots/([0-9a-f]{40})/", Path(resolved_file).as_posix())
+    return found[1] if found is not None else None
 
 
 def _add_variant(weights_name: str, variant: str | None = None) -> str:
