@@ -14,7 +14,7 @@ from typing import Any
 from . import small
 from .harness import ROOT, child, main, table
 
-FAMILIES = ("SDXL", "SD 3", "FLUX.1")
+FAMILIES = ("SDXL", "FLUX.1")
 SIZE, STEPS, BUDGETS = 128, 3, 8
 
 CODE = """
@@ -78,7 +78,7 @@ def candidates(pipe: Any, call: dict[str, Any], budget: int) -> Iterator[tuple[s
 
     choices, asked = _choices(pipe, call), pipe.plan(budget, **call).call
     for switches, parts in choices.ways("exact"):
-        speed = choices.speed(parts, budget)
+        speed = choices.speed(parts, budget, budget)
         for level, ahead in (("component", 0), ("block", 1), ("block", 0), ("leaf", 1), ("leaf", 0)):
             chosen = [_most(part, level, ahead, budget - part.needed, speed) for part in parts]
             if None in chosen:

@@ -45,7 +45,7 @@ def forced(pipe: Any, policy: str, size: int, steps: int = 2) -> Any:
     call = {"height": size, "width": size, "num_frames": None, "batch_size": 1, "num_inference_steps": steps}
     choices = Choices(pipe, pipe.modules, call, torch.device("cpu"))
     parts = choices.expected({}).parts()
-    speed = choices.speed(parts, 0)
+    speed = choices.speed(parts, 0, 0)
     stays = (policy == "resident",) * len(parts)
     resident = sum(p.cost for p in parts) if policy == "resident" else 0
     chosen = tuple(option(part, policy, speed) for part in parts)
