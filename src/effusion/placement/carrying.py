@@ -14,7 +14,7 @@ from ..core.errors import PlanConflict
 from . import casting, homes, machine, policies
 from .engine import engine_for, engine_of
 from .plan import Plan, Row
-from .sources import Mappings, give_back_pages, join, set_apart
+from .sources import Mappings, bring_in, give_back_pages, join, set_apart
 from .unit import Unit
 from .units import Group, all_slots, by_block, by_leaf
 
@@ -164,6 +164,7 @@ def _place(name: str, module: nn.Module, plan: Plan, cut: Sequence[Group]) -> No
         slots = [s for g in part for s in g.slots]
         if home == "device":
             homes.to_device(slots, device)
+            bring_in(_mapped([g for g in part if rows[g.name].filled]))
         elif home == "disk" and folder is None:  # what is in no file (small buffers) stays in memory
             homes.to_host(slots)
             files += homes.files_of(slots)
@@ -183,14 +184,18 @@ def _place(name: str, module: nn.Module, plan: Plan, cut: Sequence[Group]) -> No
 def _clear_pages(kept: Sequence[Group], streamed: Sequence[Group]) -> None:
     """Pages of mapped files that an earlier plan brought in go; what is computed with in place is set apart."""
     mappings = Mappings()
-
-    def mapped(groups: Sequence[Group]) -> list[Tensor]:
-        tensors = {id(s.tensor): s.tensor for g in groups for s in g.slots}.values()
-        return [t for t in tensors if mappings.span(t) is not None]
-
-    inside, outside = mapped(kept), mapped(streamed)
+    inside, outside = _mapped(kept, mappings), _mapped(streamed, mappings)
     give_back_pages([*inside, *outside])
     set_apart(inside, outside)
+
+
+def _mapped(groups: Sequence[Group], mappings: Mappings | None = None) -> list[Tensor]:
+    """The weights of ``groups`` that are views of mapped files."""
+    tensors = {id(s.tensor): s.tensor for g in groups for s in g.slots}.values()
+    if not tensors:
+        return []
+    mappings = mappings or Mappings()
+    return [t for t in tensors if mappings.span(t) is not None]
 
 
 def own_bytes(networks: Mapping[str, nn.Module], device: torch.device) -> int:

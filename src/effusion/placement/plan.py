@@ -31,6 +31,8 @@ class Row:
         compute_dtype: the dtype that weights of a smaller form are decoded to; ``None`` as they are.
         keep: stays on the compute device after its first use, until another needs the room.
         ahead: how many units after it are fetched while it computes; 0 for none.
+        filled: it rests where it computes as a view of a file, and the call reads all of it: it is read when the plan is
+            carried out, not in the middle of the first call.
     """
 
     unit: str
@@ -41,6 +43,7 @@ class Row:
     compute_dtype: str | None = None
     keep: bool = False
     ahead: int = 0
+    filled: bool = False
 
     def __post_init__(self) -> None:
         if self.home not in HOMES:

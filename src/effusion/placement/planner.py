@@ -183,7 +183,8 @@ def build(
             keep = piece.name in option.kept
             ahead = 0 if keep else option.ahead
             form = (part.form, part.compute_dtype, keep and not stay, ahead)
-            rows.append(Row(f"{part.name}/{piece.name}", piece.nbytes, home, device, *form))
+            filled = device == "cpu" and home == "device" and piece.cost == piece.nbytes
+            rows.append(Row(f"{part.name}/{piece.name}", piece.nbytes, home, device, *form, filled))
         made = stage(part, option, choice.beside(index), host)
         stages.append(replace(made, host=made.peak) if device == "cpu" else made)
     together = [part.name for index, part in enumerate(parts) if index in choice.together]

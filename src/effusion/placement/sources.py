@@ -205,6 +205,12 @@ def give_back_pages(tensors: Iterable[Tensor]) -> None:
     _advise(tensors, "MADV_DONTNEED")
 
 
+def bring_in(tensors: Iterable[Tensor]) -> None:
+    """Read the pages of ``tensors``, views of mapped files, into this process."""
+    for tensor in tensors:
+        flat_bytes(tensor)[::_PAGE].max()
+
+
 def join(tensors: Iterable[Tensor]) -> None:
     """Take back what :func:`set_apart` has done to ``tensors``, views of mapped files."""
     _advise(tensors, "MADV_NORMAL")
