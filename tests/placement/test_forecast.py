@@ -171,3 +171,15 @@ def test_fetching_ahead_hides_behind_computing() -> None:
     assert seconds(p, 0, 50_000, 0, 1, speed) == pytest.approx(1.0)
     assert seconds(p, 0, 50_000, 0, 0, speed) == pytest.approx(1.5)
     assert seconds(p, 0, 500_000, 0, 1, speed) == pytest.approx(5.0)
+
+
+def test_fetching_ahead_hides_nothing_that_the_same_cores_do() -> None:
+    p, busy = part(flops=1e12, passes=10), Speed(1e12, 1e6, 1e12, copying=1e6)
+    assert seconds(p, 0, 50_000, 0, 1, busy) == seconds(p, 0, 50_000, 0, 0, busy) == pytest.approx(1.5)
+
+
+def test_what_comes_to_stay_is_mapped_and_not_copied() -> None:
+    p, speed = part(passes=1), Speed(1e12, 1e6, staying=1e7)
+    base = seconds(p, 0, 0, 0, 0, speed)
+    assert seconds(p, 50_000, 0, 0, 0, speed) - base == pytest.approx(5e-3)
+    assert seconds(p, 0, 50_000, 0, 0, speed) - base == pytest.approx(5e-2)

@@ -14,7 +14,7 @@ from effusion.placement.pipeline_choices import Choices
 
 from .parts import part
 
-KNOWN = rates.Rates("cuda:0", {"float32": 1e12}, 1e12, 2e10, 1e9)
+KNOWN = rates.Rates("cuda:0", {"float32": 1e12}, 1e12, 2e10, 1e9, 3e10)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("no usable temporary directory"), OSError(28, "No space left")])
@@ -23,7 +23,7 @@ def test_no_folder_for_measuring_the_disk(error: OSError, monkeypatch: pytest.Mo
         raise error
 
     monkeypatch.setattr(tempfile, "TemporaryFile", fails)
-    assert rates._disk_rate() == rates.UNKNOWN_DISK
+    assert rates._file_rates() == (rates.UNKNOWN_DISK, rates.UNKNOWN_MAPPING, rates.UNKNOWN_MAPPING)
 
 
 def test_rates_that_can_not_be_read_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

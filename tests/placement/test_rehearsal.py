@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import effusion
 from effusion.placement import allocator, asides, rehearsal
+from effusion.placement.alive import reach
 from effusion.placement.engine import engine_of
 from effusion.placement.forecast import part_of
 from effusion.placement.packing import unpack_in_calls
@@ -342,3 +343,29 @@ def test_weights_that_are_never_fetched_count_only_where_they_rest_for_good() ->
     costs = {p.name: p.cost for p in part.blocks}
     assert costs["unused"] == 0 < costs["used"]
     assert part.cost >= part.nbytes
+
+
+def test_reading_a_part_of_a_table_brings_in_that_part() -> None:
+    """Pieces of rows that lie apart, each with what the system maps around it; never less than is read."""
+    table = torch.empty(1, 100, 100, 1280)
+    whole = reach(table)
+    crop = table[:, 40:50, 40:50]
+    assert crop.nbytes < reach(crop) < whole // 4
+    assert reach(table) >= table.nbytes and reach(table.transpose(1, 3)) == whole
+    assert reach(table[..., :1]) >= 100 * 100 * 4
+    assert reach(torch.zeros(7, 1).expand(7, 50)) >= 28  # strides of nothing
+    assert reach(torch.tensor(1.0)) >= 4
+
+
+def test_parts_of_a_weight_that_are_read_one_by_one_add_up() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4096, 1024))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(x @ part.T for part in self.weight.chunk(8))  # type: ignore[return-value]
+
+    net = Fused()
+    found = rehearse({"net": net}, lambda: net(torch.zeros(1, 1024)), torch.device("cpu"))["net"]
+    assert found.touched["weight"] == net.weight.nbytes and not found.failure

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A pipeline on a machine whose disk is so slow that whatever spares reading is worth it."""
-    slow = Speed(1e12, 1e6, 1e10, shares_cores=True)
+    slow = Speed(1e12, 1e6, 1e10, copying=1e10)
     monkeypatch.setattr(Choices, "speed", lambda *_: slow)
     made = effusion.DiffusionPipeline.from_pretrained(folder)
     made.set_progress_bar_config(disable=True)

@@ -15,6 +15,7 @@ from . import allocator, workspaces
 from .arena import tensors_in
 
 _FAULT = 64 << 10  # bytes of a mapped file that the system brings in around one that is read
+_HUGE = 2 << 20  # as many at most, where its cache holds the file in huge pages
 
 
 class Alive(TorchDispatchMode):
@@ -77,5 +78,23 @@ class Alive(TorchDispatchMode):
             found = self._weights.get(tensor.untyped_storage()._cdata)
             if found is not None:
                 name, weight = found
-                rows = given[1].numel() * (weight[:1].nbytes + _FAULT) if "embedding" in str(func) else weight.nbytes
-                self.touched[name] = max(self.touched.get(name, 0), min(rows, weight.nbytes))
+                known = self.touched.get(name, 0)
+                if "embedding" in str(func):
+                    read = max(known, given[1].numel() * (weight[:1].nbytes + _FAULT))
+                else:
+                    read = known + reach(tensor)  # parts of it that several operators read may be different ones
+                self.touched[name] = min(read, weight.nbytes)
+
+
+def reach(view: Tensor) -> int:
+    """Bytes of a mapped file that reading ``view``, a part of a weight, brings in, at most."""
+    sizes = sorted((stride, size) for stride, size in zip(view.stride(), view.shape, strict=True) if stride)
+    run = inside = 1  # elements one after the other, and how many of the view's they are
+    for stride, size in sizes:
+        if stride > run:
+            break
+        run += stride * (size - 1)
+        inside *= size
+    pieces = view.numel() // inside
+    extent = 1 + sum(stride * (size - 1) for stride, size in sizes)
+    return min(pieces * (run * view.itemsize + _HUGE), extent * view.itemsize + _HUGE)

@@ -6,6 +6,7 @@ the machine; which of a component's weights stay and which travel is an :class:`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,15 +86,24 @@ class Speed:
     """Rates of the machine: flop/s, bytes/s in memory, and bytes/s from where weights rest."""
 
     flops: float
-    stream: float
+    stream: float  # through the ring
     memory: float = 1e10
-    shares_cores: bool = False  # fetching weights takes time of the cores that compute
+    copying: float | None = None  # bytes/s at which fetching takes time of the cores that compute; None: it takes none
+    staying: float | None = None  # of what comes to stay; None: as through the ring
 
     @classmethod
-    def of(cls, rates: Rates, dtype: str, stream: float) -> Speed:
-        """From measured rates, for computing in ``dtype``."""
-        flops = rates.matmul.get(dtype, max(rates.matmul.values()))
-        return cls(flops * EFFICIENCY, stream, rates.memory, rates.device == "cpu")
+    def of(cls, rates: Rates, dtype: str, cached: bool) -> Speed:
+        """From measured rates, for computing in ``dtype``; ``cached``: weights rest in memory, or in the system's cache."""
+        flops = rates.matmul.get(dtype, max(rates.matmul.values())) * EFFICIENCY
+        stream = rates.host_to_device if cached else min(rates.host_to_device, rates.disk)
+        if rates.device != "cpu":
+            return cls(flops, stream, rates.memory)
+        busy = torch.get_num_threads() >= (os.cpu_count() or 1)
+        copying, staying = (
+            rates.host_to_device if busy else None,
+            rates.mapped if cached else min(rates.mapped, rates.disk),
+        )
+        return cls(flops, stream, rates.memory, copying, staying)
 
 
 @dataclass(frozen=True)
@@ -122,12 +132,12 @@ def seconds(part: Part, loaded: int, streamed: int, pieces: int, ahead: int, spe
     """
     compute = part.flops / speed.flops + part.moved / speed.memory
     fetched = streamed * part.passes
-    loaded = loaded * part.turns + part.hoisted
     fetch = fetched / speed.stream
+    once = loaded * part.turns / (speed.staying or speed.stream) + part.hoisted / speed.stream
     lending = pieces * part.passes * HANDOVER
-    if speed.shares_cores:
-        compute += fetched / speed.memory
-    return loaded / speed.stream + part.foreseen + lending + (max(compute, fetch) if ahead else compute + fetch)
+    if speed.copying and ahead:
+        compute += fetched / speed.copying
+    return once + part.foreseen + lending + (max(compute, fetch) if ahead else compute + fetch)
 
 
 def stage(part: Part, option: Option, beside: int = 0, host: int = 0) -> Stage:

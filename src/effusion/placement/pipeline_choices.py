@@ -150,10 +150,9 @@ class Choices:
         dtype = casting.compute_dtype(largest) if largest is not None else None
         if dtype is None and largest is not None:
             dtype = next((p.dtype for p in largest.parameters()), None)
-        total, stream = sum(p.nbytes for p in parts), rates.host_to_device
-        if total >= (machine.available_ram() - memory if self.device.type == "cpu" else ram):
-            stream = min(stream, rates.disk)
-        return Speed.of(rates, str(dtype or torch.float32).removeprefix("torch."), stream)
+        room = machine.available_ram() - memory if self.device.type == "cpu" else ram
+        cached = sum(p.nbytes for p in parts) < room
+        return Speed.of(rates, str(dtype or torch.float32).removeprefix("torch."), cached)
 
 
 def _is_cast(module: nn.Module) -> bool:

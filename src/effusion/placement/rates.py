@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -16,7 +18,7 @@ from ..core.files import write_atomically
 from .lane import Lane
 from .machine import default_device, synchronize
 
-UNKNOWN_DISK = 2e8  # bytes/s where no file can be written to measure it: rather little
+UNKNOWN_DISK, UNKNOWN_MAPPING = 2e8, 1e9  # bytes/s where no file can be written to measure them: rather little
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Rates:
     memory: float  # bytes/s read and written by the compute device
     host_to_device: float  # bytes/s of plain memory, as weights travel
     disk: float  # bytes/s, cold reads of the temporary folder's disk
+    mapped: float  # bytes/s at which pages of mapped files come into a process, out of the system's cache
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -59,7 +62,7 @@ def rates(device: torch.device | str | None = None, fresh: bool = False) -> Rate
 def _rates_file(device: torch.device) -> Path | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}-{os.cpu_count()}"
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    label = f"rates-2-{name.replace(' ', '_')}-{threads}-{torch.__version__}.json"  # 2: through chunks
+    label = f"rates-3-{name.replace(' ', '_')}-{threads}-{torch.__version__}.json"  # 3: with `mapped`
     try:
         return cache_folder() / label.replace("/", "_")
     except RuntimeError:  # there is no home
@@ -75,19 +78,19 @@ def _read(file: Path | None) -> Rates | None:
 
 def _best(a: Rates, b: Rates) -> Rates:
     matmul = {dtype: max(rate, b.matmul.get(dtype, 0.0)) for dtype, rate in a.matmul.items()}
-    others = (max(a.memory, b.memory), max(a.host_to_device, b.host_to_device), max(a.disk, b.disk))
+    others = (max(getattr(a, n), getattr(b, n)) for n in ("memory", "host_to_device", "disk", "mapped"))
     return Rates(a.device, matmul, *others)
 
 
 def _measure(device: torch.device) -> Rates:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     matmul = {str(dtype).removeprefix("torch."): _matmul_rate(device, dtype) for dtype in dtypes}
-    block = torch.ones((256 if device.type != "cpu" else 32) << 20, dtype=torch.uint8, device=device)
-    memory = 2 * block.numel() / _seconds(lambda: block.clone(), device)
-    host = memory / 2
-    if device.type != "cpu":
-        host = _host_rate(device)
-    return Rates(str(device), matmul, memory, host, _disk_rate())
+    block = torch.ones((256 if device.type != "cpu" else 64) << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)  # written to again and again, as the ring is: fresh pages cost more than copying
+    memory = 2 * block.numel() / _seconds(lambda: target.copy_(block), device)
+    disk, cached, mapped = _file_rates()
+    host = min(cached, memory / 2) if device.type == "cpu" else _host_rate(device)
+    return Rates(str(device), matmul, memory, host, disk, mapped)
 
 
 def _host_rate(device: torch.device, size: int = 64 << 20) -> float:
@@ -130,25 +133,38 @@ def _seconds(work: object, device: torch.device, budget: float = 0.1) -> float:
     return best
 
 
-def _disk_rate() -> float:
-    """Bytes/s of reading a file; a guess where none can be written."""
+def _file_rates() -> tuple[float, float, float]:
+    """Bytes/s of reading a file cold, of reading it out of the system's cache, and of mapping it from there; guesses
+    where none can be written."""
     for size in (64 << 20, 8 << 20):
-        with contextlib.suppress(OSError):  # no folder for it, or it is full
-            return _cold_rate(size)
-    return UNKNOWN_DISK
+        with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:  # no folder for it, or it is full
+            file.write(os.urandom(1 << 20) * (size >> 20))
+            file.flush()
+            return _cold_rate(file, size), _read_rate(file, size), _mapped_rate(file, size)
+    return UNKNOWN_DISK, UNKNOWN_MAPPING, UNKNOWN_MAPPING
 
 
-def _cold_rate(size: int) -> float:
-    """Bytes/s of reading a file whose pages were dropped from the cache first."""
-    with tempfile.TemporaryFile() as file:
-        file.write(os.urandom(1 << 20) * (size >> 20))
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        buffer = bytearray(8 << 20)
-        start = time.perf_counter()
-        while file.readinto(buffer):
-            pass
-        return size / (time.perf_counter() - start)
+def _cold_rate(file: IO[bytes], size: int) -> float:
+    """Bytes/s of reading ``file`` once its pages were dropped from the system's cache."""
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return _read_rate(file, size)
+
+
+def _read_rate(file: IO[bytes], size: int) -> float:
+    """Bytes/s of reading ``file`` into the same buffer again and again."""
+    file.seek(0)
+    buffer = bytearray(8 << 20)
+    start = time.perf_counter()
+    while file.readinto(buffer):  # type: ignore[attr-defined]
+        pass
+    return size / (time.perf_counter() - start)
+
+
+def _mapped_rate(file: IO[bytes], size: int) -> float:
+    """Bytes/s at which the pages of ``file``, which was read just now, come into this process."""
+    start = time.perf_counter()
+    pages = torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    pages[:: mmap.PAGESIZE].max()
+    return size / (time.perf_counter() - start)
