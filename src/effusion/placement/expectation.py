@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import nn
 from ..core import log
 from . import hoisting
 from .asides import undrawn
-from .extent import extent, prompts
+from .extent import OF_THE_RUN, extent, prompts
 from .forecast import Part, part_of
 from .hoisting import Hoistable
 from .rehearsal import Rehearsed, rehearse
@@ -144,9 +145,11 @@ def expect(
 
 def _arguments(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
     """What to rehearse ``call`` with: few steps, a prompt and pictures where it leaves them open."""
-    arguments = {k: v for k, v in call.items() if k in taken and v is not None}
-    if "num_inference_steps" in taken:
-        arguments["num_inference_steps"] = 3 if "strength" in taken else 2
+    left = OF_THE_RUN - {"strength"}
+    arguments = {k: v for k, v in call.items() if k in taken and k not in left and v is not None}
+    if "num_inference_steps" in taken:  # so many that two are left
+        strength = call.get("strength") or getattr(taken.get("strength"), "default", None) or 1.0
+        arguments["num_inference_steps"] = math.ceil(2 / strength) if 0 < strength <= 1 else 2
     batch = int(call["batch_size"])
     if "prompt" in taken and not {"prompt", "prompt_embeds"} & set(arguments):
         arguments["prompt"] = [""] * batch
