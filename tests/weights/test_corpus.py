@@ -71,6 +71,7 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
     "overlapping": (header({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "'b' overlaps"),
     "negative offsets": (header({"a": entry(offsets=(-8, 0))}, bytes(8)), "'a'.*data_offsets"),
     "shape that overflows": (header({"a": entry(shape=(2**61, 2**61, 16))}, bytes(8)), "'a'"),
+    "nothing of too many": (header({"a": entry(shape=(0, 2**40, 2**40), offsets=(0, 0))}, b""), "'a'.*too large"),
     "shape of negatives": (header({"a": entry(shape=(-1, -2))}, bytes(8)), "'a'.*shape"),
     "hundred thousand entries, one twice": (many(True), "layer.7.weight.*twice"),
     "wrong magic": (b"NOPE" + bytes(200), "safetensors"),
@@ -239,6 +240,7 @@ def test_gguf_with_false_counts_and_shapes(tmp_path: Path) -> None:
         24: (struct.pack("<Q", 1 << 60), "at most"), place: (struct.pack("<I", 1 << 31), "'blk.weight'.*axes"),
         place + 4: (struct.pack("<Q", 1 << 62), "'blk.weight'|truncated"), place + 20: (b"\xee", "'blk.weight'.*packing"),
         place + 24: (struct.pack("<Q", 1 << 63), "'blk.weight'"), 4: (b"\x63", "version"),
+        place + 5: (b"\0" * 7 + struct.pack("<Q", 1 << 63), "'blk.weight'"),  # nothing, of too many
     }  # fmt: skip
     for at, (patch, says) in patches.items():
         changed = bytearray(data)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..quant.ggml import GGML, block_of
-from .slices import MappedFile, TensorSlice
+from .slices import MappedFile, TensorSlice, check_sizes
 
 MAGIC = b"GGUF"
 # of all fields together: the largest vocabularies have 1.5 million entries
@@ -110,6 +110,7 @@ class GGUFFile:
         end = start
         for name, shape, kind, offset in sorted(records, key=lambda record: record[3]):
             where = f"{self.path}: tensor {name!r}"
+            check_sizes(where, shape)
             nbytes, dtype = self._size(where, shape, kind)
             if name in self.slices:
                 raise CheckpointError(f"{where} is there twice")

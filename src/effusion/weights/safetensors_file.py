@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..core.files import parse_json, replacing
-from .slices import MappedFile, TensorSlice, tensor_bytes
+from .slices import MappedFile, TensorSlice, check_sizes, tensor_bytes
 
 MAX_HEADER = 32 << 20  # bytes; the largest published headers have less than 10 MB
 # the format's names in the order in which the reference implementation lays tensors out: widest first
@@ -106,6 +106,7 @@ def _slice(path: Path, name: str, entry: Any, start: int) -> TensorSlice:
             f"{where}: {entry['dtype']} of shape {_short(shape)} is {nbytes} bytes, "
             f"its data_offsets span {offsets[1] - offsets[0]}"
         )
+    check_sizes(where, shape)
     return TensorSlice(path, start + offsets[0], nbytes, dtype, tuple(shape))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,16 @@ class TensorSlice:
             if got != self.nbytes:
                 raise CheckpointError(f"{self.path}: {got} bytes left where a tensor of {self.nbytes} was; it changed")
         return out
+
+
+def check_sizes(where: str, shape: Sequence[int]) -> None:
+    """Refuse sizes that no tensor can have, though there may be no values at all because one of them is zero.
+
+    Raises:
+        CheckpointError: with ``where``.
+    """
+    if math.prod(max(size, 1) for size in shape) >= 1 << 60:
+        raise CheckpointError(f"{where}: the shape {list(shape)} is too large for any machine")
 
 
 class MappedFile:
