@@ -99,11 +99,8 @@ class Speed:
         if rates.device != "cpu":
             return cls(flops, stream, rates.memory)
         busy = torch.get_num_threads() >= (os.cpu_count() or 1)
-        copying, staying = (
-            rates.host_to_device if busy else None,
-            rates.mapped if cached else min(rates.mapped, rates.disk),
-        )
-        return cls(flops, stream, rates.memory, copying, staying)
+        staying = rates.mapped if cached else min(rates.mapped, rates.disk)
+        return cls(flops, stream, rates.memory, rates.host_to_device if busy else None, staying)
 
 
 @dataclass(frozen=True)
