@@ -6,6 +6,8 @@ import errno
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,37 @@ def test_folders_that_cant_be_used(kind: str, tmp_path: Path, monkeypatch: pytes
     assert engine_of(module) is None or not engine_of(module).units  # type: ignore[union-attr]
     with torch.no_grad():
         assert torch.equal(module(x), wanted)
+
+
+def test_what_killed_processes_left_is_swept_up(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f"effusion-{gone.pid}-0a-unet-down.safetensors", f".effusion-{gone.pid}-0a-unet-up.part"]
+    kept = [
+        f"effusion-{os.getppid()}-0a-unet-down.safetensors",
+        f".effusion-{os.getpid()}-0a-x.part",
+        "effusion-x-y.safetensors",
+    ]
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    offload_files.check_folder(tmp_path, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept), "nor does trying the folder leave anything"
+
+
+def test_trying_a_folder_leaves_nothing_to_a_process_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    real = offload_files.tempfile.TemporaryFile
+
+    def trying(**where: Any) -> Any:
+        file = real(**where)
+        seen.extend(p.name for p in Path(where["dir"]).iterdir())
+        return file
+
+    monkeypatch.setattr(offload_files.tempfile, "TemporaryFile", trying)
+    offload_files.check_folder(tmp_path, 0)
+    assert not seen, "the file has no name"
 
 
 def test_a_disk_that_fills_up_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

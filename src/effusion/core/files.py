@@ -49,12 +49,13 @@ def abandoned(path: Path, owner: int) -> bool:
         age = time.time() - path.stat().st_mtime
     except OSError:
         return False
-    return age > DAY and not _runs(owner)
+    return age > DAY and not runs(owner)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
+    """Whether there is a process of this number on this machine. Of others nothing is known on Windows: the answer is no."""
     if sys.platform == "win32":  # asking would end it there
-        return False
+        return process == os.getpid()
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

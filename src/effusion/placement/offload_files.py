@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
 
 from ..core.errors import CheckpointError
+from ..core.files import runs
 from .sources import flat_bytes
 
 
@@ -21,9 +24,8 @@ def check_folder(folder: str | os.PathLike[str], nbytes: int) -> Path:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".effusion-probe-{os.getpid()}"
-        probe.write_bytes(b"1")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path, prefix=f".effusion-{os.getpid()}-", suffix=".part") as probe:
+            probe.write(b"1")
         stat = os.statvfs(path) if hasattr(os, "statvfs") else None
     except OSError as error:
         raise CheckpointError(
@@ -40,24 +42,12 @@ def check_folder(folder: str | os.PathLike[str], nbytes: int) -> Path:
 
 def _sweep(folder: Path) -> None:
     """Remove what processes that were killed left behind; their files carry their process id."""
-    for file in folder.glob("effusion-*-*.safetensors"):
-        owner = file.name.split("-")[1]
-        if owner.isdigit() and int(owner) != os.getpid() and not _alive(int(owner)):
-            file.unlink(missing_ok=True)
-    for part in folder.glob(".effusion-*.part"):
-        owner = part.name.split("-")[1]
-        if owner.isdigit() and int(owner) != os.getpid() and not _alive(int(owner)):
-            part.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    for pattern in ("effusion-*-*.safetensors", ".effusion-*.part"):
+        for file in folder.glob(pattern):
+            owner = file.name.split("-")[1]
+            if owner.isdecimal() and not runs(int(owner)):
+                with contextlib.suppress(OSError):  # another process sweeps too, or has it open where that matters
+                    file.unlink()
 
 
 def write_offload_file(path: Path, tensors: list[Tensor]) -> list[Tensor]:
