@@ -107,7 +107,7 @@ def count(name: str) -> tuple[Hoistable, float]:
 
 
 def medium() -> tuple[Any, list[dict[str, Any]]]:
-    """A random FLUX of 140 million weights and the known arguments of a run of eight steps."""
+    """A random FLUX of 140 million weights and the known arguments of a run."""
     torch.manual_seed(0)
     net = effusion.FluxTransformer2DModel(
         num_layers=3, num_single_layers=6, attention_head_dim=64, num_attention_heads=12, joint_attention_dim=768,
@@ -117,7 +117,7 @@ def medium() -> tuple[Any, list[dict[str, Any]]]:
         "encoder_hidden_states": torch.randn(1, 64, 768), "pooled_projections": torch.randn(1, 768),
         "img_ids": torch.zeros(256, 3), "txt_ids": torch.zeros(64, 3), "return_dict": False,
     }  # fmt: skip
-    return net, [{**fixed, "timestep": torch.full((1,), 1 - i / 8)} for i in range(8)]
+    return net, [{**fixed, "timestep": torch.full((1,), 1 - i / STEPS)} for i in range(STEPS)]
 
 
 def run(net: Any, calls: list[dict[str, Any]], hoists: bool) -> tuple[float, torch.Tensor]:
@@ -130,7 +130,7 @@ def run(net: Any, calls: list[dict[str, Any]], hoists: bool) -> tuple[float, tor
             ghost = torch.empty_like(x, device="meta")
             foresee({"net": net}, lambda: [net(hidden_states=ghost, **c) for c in calls])
         for call in calls:
-            x = x - net(hidden_states=x, **call)[0] / 8
+            x = x - net(hidden_states=x, **call)[0] / STEPS
     took = time.perf_counter() - start
     unhoist(net)
     return took, x
@@ -148,8 +148,8 @@ def measure(repeat: int) -> str:
     assert all(torch.equal(a[1], b[1]) for a, b in zip(runs["hoisted"], runs["plain"], strict=True))
     times = {k: [r[0] for r in v] for k, v in runs.items()}
     return (
-        f"{counted}\n\n1024x1024 (Stable Diffusion 1.5: 512x512), {STEPS} steps, bfloat16. A run of eight steps of a random "
-        f"FLUX of {sum(p.numel() for p in net.parameters()) / 1e6:.0f} million weights on the CPU, the table made anew: "
+        f"{counted}\n\n1024x1024 (Stable Diffusion 1.5: 512x512), {STEPS} steps, bfloat16. A run of as many steps of a "
+        f"random FLUX of {sum(p.numel() for p in net.parameters()) / 1e6:.0f} million weights on the CPU, the table made anew: "
         f"{median(times['hoisted'])} hoisted, {median(times['plain'])} not, {ratio(times['hoisted'], times['plain'])}, "
         f"latents bit-identical."
     )
